@@ -1,0 +1,47 @@
+"""Every error this package raises on purpose: one base, and the matching builtin beside it."""
+
+from __future__ import annotations
+
+
+class DdpmEdgeError(Exception):
+    """Base of all errors of this package. Its message says what was got, expected, and to do."""
+
+
+class ConfigError(DdpmEdgeError, ValueError):
+    """An argument or setting has a value that cannot work."""
+
+
+class ScheduleError(ConfigError):
+    """A noise schedule or a timestep outside what the mathematics allows."""
+
+
+class DataError(DdpmEdgeError, ValueError):
+    """Training data that cannot be read."""
+
+
+class RunError(DdpmEdgeError, ValueError):
+    """A directory that is not a training run, or a run that cannot be used."""
+
+
+class BundleError(DdpmEdgeError, ValueError):
+    """A bundle that is missing, incomplete, changed or not understood."""
+
+
+class ParityError(DdpmEdgeError, RuntimeError):
+    """An exported network whose answers differ from torch's by more than the tolerance."""
+
+
+class EngineError(DdpmEdgeError, ValueError):
+    """Arrays that an engine cannot take, or a model that it cannot load."""
+
+
+class RuntimeUnavailableError(DdpmEdgeError, RuntimeError):
+    """A runtime or device that was asked for and is not there."""
+
+
+class ForkError(DdpmEdgeError, RuntimeError):
+    """A Generator of the parent process used in a forked child."""
+
+
+class ClosedError(DdpmEdgeError, RuntimeError):
+    """A Generator that was closed."""

@@ -1,0 +1,57 @@
+"""Writing files so that a reader sees the old content or the new, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of `path` only when the block ends well.
+
+    The data is on disk (fsync) before it becomes visible, so a crash or a power cut leaves the old
+    file. When the block raises, `path` is untouched and the temporary file is removed.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    # Plain os.open, not tempfile: the file then has the permissions that any new file gets.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Atomically write `data` to `path`."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory survive a power cut (a no-op where the OS has no such call)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+
+def temporary_name(path: Path) -> Path:
+    """A new hidden name beside `path`, on the same file system."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"

@@ -1,0 +1,398 @@
+"""What an app calls: a bundle and an engine, and images out of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_edge import noise
+from ddpm_edge.bundle import Bundle
+from ddpm_edge.errors import ClosedError, ConfigError, ForkError
+from ddpm_edge.images import to_images
+from ddpm_edge.plan import Plan, State
+from ddpm_edge.runtimes import Engine, open_engine
+from ddpm_edge.samplers import make_plan
+from ddpm_edge.sampling import Labels, Network, sample_states
+from ddpm_edge.schedule import Schedule
+
+Array = NDArray[Any]
+Label = int | str | None
+MAX_BATCH = 16  # samples in one engine call unless `batch` says otherwise
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a running generation. The arrays are copies: keep them.
+
+    Attributes:
+        index: 0..total - 1.
+        total: steps of the whole call.
+        t: the timestep that the network was asked about.
+        first: index of the first sample in x.
+        x: the state after the step; float32 (n, C, H, W).
+        x0: what the step predicted of the final image; float32 (n, C, H, W).
+    """
+
+    index: int
+    total: int
+    t: int
+    first: int
+    x: Array
+    x0: Array
+
+
+Callback = Callable[[Step], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        images: uint8 or float32 (n, H, W, C). Fewer than asked for if stopped before all began.
+        seed: what to pass to get the same images again.
+        plan: what ran.
+        runtime: on which runtime and device, such as "onnxruntime on cpu".
+        variant: the network's precision.
+        milliseconds: wall-clock time of the run.
+        stopped: whether the callback ended it early; the images are then the x0 so far.
+    """
+
+    images: Array
+    seed: int
+    plan: Plan
+    runtime: str
+    variant: str
+    milliseconds: float
+    stopped: bool
+
+
+class Generator:
+    """A trained model, ready to make images. `Generator.load` makes one; close it or use `with`.
+
+    Threads may share a Generator. A forked child must load its own.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, variant: str) -> None:
+        self.bundle = bundle
+        self.variant = variant
+        self._network: Network | None = Network(engine, bundle.manifest)
+        self._pid = os.getpid()
+        self.plan()  # a default plan that cannot run is found now, not at the first image
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        runtime: str = "auto",
+        device: str | None = None,
+        variant: str | None = None,
+        threads: int | None = None,
+    ) -> Generator:
+        """Load a bundle.
+
+        Args:
+            path: the bundle's directory; None = the built-in Fashion-MNIST model.
+            runtime: "auto" or a runtime's name, such as "onnxruntime".
+            device: such as "cpu", "cuda" or "cuda:1"; None = the runtime's best.
+            variant: precision of the network; None = fp32.
+            threads: CPU threads of one evaluation; None = the runtime's choice.
+
+        Raises:
+            BundleError: not a bundle, or changed since its export.
+            RuntimeUnavailableError: the runtime or device is not there.
+            EngineError: the runtime cannot load the model.
+        """
+        bundle = Bundle.open(path)
+        name, model = bundle.model(variant)
+        engine = open_engine(model, runtime=runtime, device=device, threads=threads)
+        try:
+            return cls(bundle, engine, name)
+        except BaseException:
+            engine.close()
+            raise
+
+    def __repr__(self) -> str:
+        state = self.runtime if self._network else "closed"
+        return f"Generator({self.bundle.manifest.name!r}, {self.variant}, {state})"
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine. Calling it again does nothing."""
+        network, self._network = self._network, None
+        if network is not None:
+            network.engine.close()
+
+    @property
+    def runtime(self) -> str:
+        """The runtime and the device it really runs on, such as "onnxruntime on cpu"."""
+        engine = self._open().engine
+        return f"{engine.runtime} on {engine.device}"
+
+    @property
+    def schedule(self) -> Schedule:
+        """The forward process the model was trained with."""
+        return self.bundle.manifest.schedule
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.bundle.manifest.sample_shape
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the labels 0, 1, ...; empty if the model takes none."""
+        return self.bundle.manifest.class_names
+
+    # What a caller asks for
+
+    def plan(self, sampler: str | None = None, steps: int | None = None, **options: Any) -> Plan:
+        """What `sample` with the same arguments would run.
+
+        Args:
+            sampler: "ddpm" (Algorithm 2) or "ddim"; None = the bundle's default.
+            steps: 1..T; None = the default plan's, or the sampler's own default.
+            **options: of the sampler: `eta` (ddim), `variance` (ddpm), `clip` (limit of x0, None =
+                off; by default images are clipped to their range, 1.0).
+
+        Raises:
+            ConfigError: an unknown sampler or option, or a value out of range.
+        """
+        default = dict(self.bundle.manifest.plan)
+        if sampler in (None, default["sampler"]):
+            sampler = default.pop("sampler")
+        else:
+            default = {"clip": default.get("clip")}
+        arguments = default | options
+        if steps is not None:
+            arguments["steps"] = steps
+        return make_plan(self.schedule, str(sampler), **arguments)
+
+    def warmup(self, n: int = 1) -> None:
+        """Evaluate the network once for n samples, so that the first image is not slower."""
+        x = np.zeros((_count("n", n), *self.sample_shape), np.float32)
+        self._open()(x, 1, None)
+
+    def sample(self, n: int = 1, **arguments: Any) -> Array:
+        """n images; uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".
+
+        The arguments are those of `run`.
+        """
+        return self.run(n, **arguments).images
+
+    def run(
+        self,
+        n: int = 1,
+        *,
+        label: Label | Sequence[Label] = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        first: int = 0,
+        batch: int | None = None,
+        dtype: str = "uint8",
+        callback: Callback | None = None,
+        **options: Any,
+    ) -> Result:
+        """Make n images and say how.
+
+        Args:
+            n: how many, >= 1.
+            label: a class, by number or name, for all or one for each; None = no label.
+            guidance: scale of classifier-free guidance, eps_u + scale (eps_c - eps_u); needs a
+                label. None or 1.0 = plain conditioning.
+            sampler, steps, **options: see `plan`.
+            seed: 0..2**64 - 1; None draws a fresh one, found in the result.
+            first: index of the first sample: `run(1, seed=s, first=5)` is the sixth image of
+                `run(8, seed=s)`.
+            batch: samples in one evaluation of the network; does not change the images.
+            dtype: of the images, "uint8" or "float32".
+            callback: called after every step; returning True stops the run with the x0 so far.
+
+        Raises:
+            ConfigError: an argument that cannot work; nothing has run then.
+        """
+        start = time.perf_counter()
+        request = self._request(
+            n, label, guidance, sampler, steps, seed, first, MAX_BATCH if batch is None else batch, options
+        )
+        if dtype not in ("uint8", "float32"):
+            raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {dtype!r}")
+        images: list[Array] = []
+        stopped = False
+        for chunk in request.chunks():
+            state = None
+            for state in self._states(request, chunk):
+                if callback is not None and callback(request.step(state, chunk)) is True:
+                    stopped = True
+                    break
+            assert state is not None  # a plan has at least one row
+            images.append(to_images(state.x0() if stopped else state.x, dtype))
+            if stopped:
+                break
+        return Result(
+            images=np.concatenate(images),
+            seed=request.seed,
+            plan=request.plan,
+            runtime=self.runtime,
+            variant=self.variant,
+            milliseconds=(time.perf_counter() - start) * 1e3,
+            stopped=stopped,
+        )
+
+    def stream(
+        self,
+        n: int = 1,
+        *,
+        label: Label | Sequence[Label] = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        first: int = 0,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Every step of making n images, all together in one batch; arguments as for `run`.
+
+        The last step's x is the result. Arguments are checked when `stream` is called; leaving the
+        iteration early is fine.
+        """
+        request = self._request(n, label, guidance, sampler, steps, seed, first, n, options)
+        (chunk,) = request.chunks()
+        return (request.step(state, chunk) for state in self._states(request, chunk))
+
+    # How it is done
+
+    def _request(
+        self,
+        n: int,
+        label: Label | Sequence[Label],
+        guidance: float | None,
+        sampler: str | None,
+        steps: int | None,
+        seed: int | None,
+        first: int,
+        batch: int,
+        options: dict[str, Any],
+    ) -> _Request:
+        """The checked form of a call's arguments."""
+        self._open()
+        n = _count("n", n)
+        labels = self._labels(label, n)
+        if guidance is not None:
+            if labels is None or label is None:
+                raise ConfigError("guidance needs a label; give label=, or leave guidance out")
+            if isinstance(guidance, bool) or not np.isfinite(guidance):
+                raise ConfigError(f"guidance must be a finite number; got {guidance!r}")
+        return _Request(
+            n=n,
+            labels=labels,
+            guidance=None if guidance == 1.0 else guidance,
+            plan=self.plan(sampler, steps, **options),
+            seed=noise.check_seed(seed),
+            first=_count("first", first, least=0),
+            batch=_count("batch", batch),
+        )
+
+    def _labels(self, label: Label | Sequence[Label], n: int) -> Labels:
+        """int64 (n,) for the network, or None where it takes no label."""
+        names = self.class_names
+        if not names:
+            if label is not None:
+                raise ConfigError(
+                    f"the model {self.bundle.manifest.name!r} was trained without labels; leave "
+                    "label out"
+                )
+            return None
+        many = not isinstance(label, (int, np.integer, str, type(None)))
+        labels = list(label) if many else [label] * n  # type: ignore[arg-type]
+        if len(labels) != n:
+            raise ConfigError(f"got {len(labels)} labels for n = {n} images; give one or n of them")
+        return np.array([_label_number(value, names) for value in labels], np.int64)
+
+    def _states(self, request: _Request, chunk: range) -> Iterator[State]:
+        """The loop over one chunk of samples."""
+        part = slice(chunk.start - request.first, chunk.stop - request.first)
+        labels = None if request.labels is None else request.labels[part]
+        return sample_states(
+            self._open(), request.plan, request.seed, chunk, labels, request.guidance
+        )
+
+    def _open(self) -> Network:
+        if os.getpid() != self._pid:
+            raise ForkError(
+                f"this Generator was loaded in process {self._pid}, this is its forked child "
+                f"{os.getpid()}; call Generator.load in the child, or start processes with 'spawn'"
+            )
+        if self._network is None:
+            raise ClosedError("this Generator is closed; load it again")
+        return self._network
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked call."""
+
+    n: int
+    labels: Labels
+    guidance: float | None
+    plan: Plan
+    seed: int
+    first: int
+    batch: int
+
+    def chunks(self) -> list[range]:
+        """The sample indices of each batch."""
+        end = self.first + self.n
+        return [
+            range(i, min(i + self.batch, end)) for i in range(self.first, end, self.batch)
+        ]
+
+    def step(self, state: State, chunk: range) -> Step:
+        """The public form of the loop's state."""
+        rows = len(self.plan)
+        before = (chunk.start - self.first) // self.batch * rows
+        return Step(
+            index=before + state.index,
+            total=-(-self.n // self.batch) * rows,
+            t=state.t,
+            first=chunk.start,
+            x=state.x.copy(),
+            x0=state.x0(),
+        )
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ConfigError(f"{name} must be a whole number >= {least}; got {value!r}")
+    return int(value)
+
+
+def _label_number(value: Label, names: tuple[str, ...]) -> int:
+    """A label as the network takes it; None is the null label."""
+    if value is None:
+        return len(names)
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if (
+        isinstance(value, (int, np.integer))
+        and not isinstance(value, bool)
+        and 0 <= value < len(names)
+    ):
+        return int(value)
+    listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    raise ConfigError(f"no label {value!r}; labels are {listing}")

@@ -1,0 +1,202 @@
+"""A sampler made concrete: a table with one row a step, and the one loop that runs any such table.
+
+With m_i the network's answer at row i, turned into the plan's form ("x0" or "eps"), every row is
+
+    x_next = a_i x + sum_k b_{i,k} m_{i-k} + s_i z_i        k = 0..history
+
+A sampler (`ddpm_edge.samplers`) only fills the table; nothing here knows which one it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.noise import Stream
+
+Array = NDArray[Any]
+FORMS = ("x0", "eps")
+PREDICTIONS = ("eps", "x0", "v")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The table of a sampler, N rows in the order they run.
+
+    Attributes:
+        name: the call that made it, for people.
+        form: what m is, "x0" or "eps".
+        clip: x0 is clipped to [-clip, clip] before it is used; None = not. Needs form "x0".
+        t: timestep in 1..T of each row; int64 (N,).
+        signal, noise: x_t = signal x_0 + noise eps at that timestep; float64 (N,).
+        a: coefficient of x; float64 (N,).
+        b: coefficients of this row's m and those before it; float64 (N, history + 1).
+        s: coefficient of the row's normal draw; float64 (N,), 0 = no draw.
+        evaluate: whether the row asks the network; bool (N,).
+        restart: whether earlier m are forgotten before the row; bool (N,).
+        stream: the noise stream of the row's draw; int64 (N,).
+        row: the row's number for its draw, so that a part of a plan draws as the whole; int64 (N,).
+    """
+
+    name: str
+    form: str
+    t: NDArray[np.int64]
+    signal: NDArray[np.float64]
+    noise: NDArray[np.float64]
+    a: NDArray[np.float64]
+    b: NDArray[np.float64]
+    s: NDArray[np.float64]
+    clip: float | None = None
+    evaluate: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    restart: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    stream: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    row: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def __post_init__(self) -> None:
+        """Fill what was left out and refuse a table that cannot run."""
+        n = len(self.t)
+        usual = {
+            "evaluate": np.ones(n, bool),
+            "restart": np.arange(n) == 0,
+            "stream": np.full(n, Stream.STEP),
+            "row": np.arange(n),
+        }
+        for name, value in usual.items():
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, value)
+        if self.form not in FORMS or (self.clip is not None and self.form != "x0"):
+            raise ConfigError(f"a plan of form {self.form!r} with clip={self.clip}: clip needs x0")
+        if n < 1 or any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
+            raise ConfigError(f"plan {self.name}: all columns must have the same length >= 1")
+        if not all(np.isfinite(array).all() for array in self._arrays().values()):
+            raise ConfigError(f"plan {self.name}: every coefficient must be finite")
+        known = 0
+        for i in range(n):
+            known = (0 if self.restart[i] else known) + bool(self.evaluate[i])
+            if self.b[i, known:].any():
+                raise ConfigError(f"plan {self.name}: row {i} uses an answer that was never asked")
+
+    def _arrays(self) -> dict[str, Array]:
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("name", "form", "clip")
+        }
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is asked."""
+        return int(self.evaluate.sum())
+
+    def tail(self, rows: int) -> Plan:
+        """The last rows of a plan that keeps no history; they draw the noise that they always do."""
+        if self.b.shape[1] > 1:
+            raise ConfigError(f"plan {self.name} has history and cannot be entered in its middle")
+        part = {name: array[-rows:] for name, array in self._arrays().items()}
+        return replace(self, name=f"{self.name}.tail({rows})", **part)
+
+    def table(self) -> str:
+        """The plan for people, one line a row."""
+        head = f"{'row':>4} {'t':>5} {'signal':>9} {'noise':>9} {'a':>10} {'s':>9}  b"
+        lines = [f"{self.name}  form={self.form} clip={self.clip}", head]
+        for i in range(len(self)):
+            b = " ".join(f"{value:.6f}" for value in self.b[i])
+            lines.append(
+                f"{self.row[i]:4d} {self.t[i]:5d} {self.signal[i]:9.6f} {self.noise[i]:9.6f} "
+                f"{self.a[i]:10.6f} {self.s[i]:9.6f}  {b}"
+            )
+        return "\n".join(lines)
+
+
+def prediction_to_form(
+    prediction: str, form: str, signal: float, noise: float
+) -> tuple[float, float]:
+    """Coefficients (of x, of the network's answer) whose sum is m.
+
+    From x = signal x0 + noise eps and v = signal eps - noise x0 (Salimans and Ho 2022, with
+    signal^2 + noise^2 = 1).
+    """
+    if prediction == form:
+        return 0.0, 1.0
+    return {
+        ("eps", "x0"): lambda: (1.0 / signal, -noise / signal),
+        ("v", "x0"): lambda: (signal, -noise),
+        ("x0", "eps"): lambda: (1.0 / noise, -signal / noise),
+        ("v", "eps"): lambda: (noise, signal),
+    }[prediction, form]()
+
+
+@dataclass
+class State:
+    """Where a running plan is. The arrays are the loop's own: they change when it goes on."""
+
+    index: int
+    t: int
+    x: Array
+    x_before: Array
+    m: Array
+    plan: Plan
+
+    def x0(self) -> Array:
+        """The x0 that this row saw in x_before; a new array."""
+        if self.plan.form == "x0":
+            return self.m.copy()
+        signal, noise = float(self.plan.signal[self.index]), float(self.plan.noise[self.index])
+        x0: Array = (self.x_before - noise * self.m) / signal
+        return x0
+
+
+def run_plan(
+    plan: Plan,
+    x: Array,
+    ask: Callable[[Array, int], Array],
+    draw: Callable[[Array, Stream, int], None],
+    prediction: str = "eps",
+) -> Iterator[State]:
+    """Run a plan from x, yielding after every row; the last state's x is the sample.
+
+    Args:
+        plan: the table.
+        x: the state to start from, (B, ...), float32 (or float64, to check the mathematics). It is
+            overwritten.
+        ask: the network's answer (B, ...) for (x, t).
+        draw: overwrites an array of x's shape with the normal draws of (stream, row).
+        prediction: what the network answers: "eps", "x0" or "v".
+    """
+    x_next, scratch = np.empty_like(x), np.empty_like(x)
+    history: list[Array] = []
+    spare = [np.empty_like(x) for _ in range(plan.b.shape[1])]
+    # Python floats: a NumPy float64 scalar would turn float32 arrays into float64 ones.
+    signal, noise = plan.signal.tolist(), plan.noise.tolist()
+    a, b, s = plan.a.tolist(), plan.b.tolist(), plan.s.tolist()
+    for i in range(len(plan)):
+        t = int(plan.t[i])
+        if plan.restart[i]:
+            spare, history = spare + history, []
+        if plan.evaluate[i]:
+            m = spare.pop() if spare else history.pop()
+            from_x, from_answer = prediction_to_form(prediction, plan.form, signal[i], noise[i])
+            np.multiply(ask(x, t), from_answer, out=m)
+            if from_x:
+                m += np.multiply(x, from_x, out=scratch)
+            if plan.clip is not None:
+                np.clip(m, -plan.clip, plan.clip, out=m)
+            history.insert(0, m)
+        np.multiply(x, a[i], out=x_next)
+        for coefficient, m in zip(b[i], history, strict=False):
+            if coefficient:
+                x_next += np.multiply(m, coefficient, out=scratch)
+        if s[i]:
+            draw(scratch, Stream(int(plan.stream[i])), int(plan.row[i]))
+            scratch *= s[i]
+            x_next += scratch
+        x, x_next = x_next, x
+        yield State(i, t, x, x_next, history[0], plan)

@@ -1,0 +1,113 @@
+"""Samples from any engine: what the network is asked, and the loop around it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_edge import noise
+from ddpm_edge.bundle import Manifest
+from ddpm_edge.errors import BundleError
+from ddpm_edge.noise import Stream
+from ddpm_edge.plan import Plan, State, run_plan
+from ddpm_edge.runtimes.base import Engine
+
+Array = NDArray[Any]
+Labels = NDArray[np.int64] | None
+
+
+class Network:
+    """The network of a bundle on an engine: its answer for x at timestep t.
+
+    The one place that knows the number the network is fed for t, and how guidance asks.
+
+    Raises:
+        BundleError: the engine's tensors are not those that the manifest describes.
+    """
+
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        expected = ["x", "t"] + (["label"] if manifest.class_names else [])
+        if sorted(engine.inputs) != sorted(expected) or list(engine.outputs) != ["prediction"]:
+            raise BundleError(
+                f"the model takes {', '.join(engine.inputs)} and gives "
+                f"{', '.join(engine.outputs)}; expected {', '.join(expected)} and prediction: "
+                "export it again"
+            )
+        if engine.inputs["x"].shape[1:] != manifest.sample_shape:
+            raise BundleError(
+                f"the model takes x as {engine.inputs['x']}, but its manifest says sample_shape "
+                f"{manifest.sample_shape}: export it again"
+            )
+        self.engine, self.manifest = engine, manifest
+        self._one_at_a_time: contextlib.AbstractContextManager[object] = (
+            contextlib.nullcontext() if engine.concurrent else threading.Lock()
+        )
+
+    def __call__(self, x: Array, t: int, labels: Labels, guidance: float | None = None) -> Array:
+        """The answer (B, C, H, W), float32.
+
+        Args:
+            x: float32 (B, C, H, W).
+            t: timestep in 1..T, the same for all.
+            labels: int64 (B,), or None where the model takes no label (or for no label).
+            guidance: scale of classifier-free guidance; None = labels as they are.
+        """
+        null = self.manifest.null_label
+        if null is not None and labels is None:
+            labels = np.full(len(x), null, np.int64)
+        if guidance is None or labels is None:
+            return self._evaluate(x, t, labels)
+        without = np.full_like(labels, null)
+        both = self._evaluate(np.concatenate([x, x]), t, np.concatenate([without, labels]))
+        eps_u, eps_c = both[: len(x)], both[len(x) :]
+        answer: Array = eps_u + float(guidance) * (eps_c - eps_u)
+        return answer
+
+    def _evaluate(self, x: Array, t: int, labels: Labels) -> Array:
+        number = t + self.manifest.timestep_offset
+        arrays = {"x": x, "t": np.full(len(x), number, np.int64)}
+        if labels is not None:
+            arrays["label"] = labels
+        with self._one_at_a_time:
+            return self.engine(arrays)["prediction"]
+
+
+def sample_states(
+    network: Network,
+    plan: Plan,
+    seed: int,
+    samples: range,
+    labels: Labels = None,
+    guidance: float | None = None,
+    start: Array | None = None,
+) -> Iterator[State]:
+    """Run a plan for the samples of these indices, yielding after every row.
+
+    Args:
+        network: what answers.
+        plan: what to run.
+        seed: of all draws; sample i depends on (seed, i) only.
+        samples: indices of the samples in the batch, consecutive.
+        labels: int64 (len(samples),) or None.
+        guidance: see `Network`.
+        start: state to start from, float32 (B, C, H, W), left as it is; None = the prior's draw.
+    """
+    first = samples.start
+    if start is None:
+        x = np.empty((len(samples), *network.manifest.sample_shape), np.float32)
+        noise.fill(x, seed, Stream.START, first, 0)
+    else:
+        x = start.copy()
+
+    def ask(x: Array, t: int) -> Array:
+        return network(x, t, labels, guidance)
+
+    def draw(out: Array, stream: Stream, row: int) -> None:
+        noise.fill(out, seed, stream, first, row)
+
+    return run_plan(plan, x, ask, draw, network.manifest.prediction)

@@ -1,0 +1,204 @@
+"""The forward process of a diffusion model: beta_1..beta_T and everything that follows from them.
+
+One class serves training and the device. All arrays are float64, have T + 1 entries and are indexed
+by the timestep t of the mathematics, 1..T; entry 0 is the data itself (alpha_bar[0] = 1). Equation
+numbers are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models".
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddpm_edge.errors import ScheduleError
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+
+class ScheduleWarning(UserWarning):
+    """A schedule that works, but probably not as meant."""
+
+
+class Schedule:
+    """The noise schedule of a diffusion model.
+
+    Make one with `linear`, `geometric`, `cosine`, `sigmoid`, `constant` or `from_betas`.
+
+    Attributes:
+        T: number of timesteps.
+        beta: variance added at step t; (T + 1,), beta[0] = 0.
+        alpha: 1 - beta.
+        alpha_bar: product of alpha_1..alpha_t; alpha_bar[0] = 1.
+        signal: sqrt(alpha_bar), what is left of the data at t.
+        noise: sqrt(1 - alpha_bar), standard deviation of the noise in it.
+    """
+
+    def __init__(self, betas: ArrayLike, definition: dict[str, Any] | None = None) -> None:
+        values = np.array(betas, dtype=np.float64)
+        if values.ndim != 1 or values.size < 1:
+            raise ScheduleError(
+                f"betas must be a list of T >= 1 numbers; got an array of shape {values.shape}"
+            )
+        wrong = ~((values > 0) & (values < 1))  # true for NaN as well
+        if wrong.any():
+            t = int(np.argmax(wrong)) + 1
+            raise ScheduleError(
+                f"every beta must be finite and strictly between 0 and 1; got "
+                f"beta_{t} = {values[t - 1]} (t = {t} of {values.size})"
+            )
+        self.T = int(values.size)
+        self.beta: Float64 = np.concatenate([[0.0], values])
+        self.alpha: Float64 = 1.0 - self.beta
+        self.alpha_bar: Float64 = np.cumprod(self.alpha)
+        self.signal: Float64 = np.sqrt(self.alpha_bar)
+        self.noise: Float64 = np.sqrt(1.0 - self.alpha_bar)
+        self._definition = definition or {"rule": "betas", "betas": values.tolist()}
+        for array in (self.beta, self.alpha, self.alpha_bar, self.signal, self.noise):
+            array.setflags(write=False)
+        self._warn()
+
+    def _warn(self) -> None:
+        if self.signal[-1] > 0.01:
+            warnings.warn(
+                f"sqrt(alpha_bar_T) = {self.signal[-1]:.3g} > 0.01: x_T still holds part of the "
+                "image, sampling from pure noise starts from the wrong place; raise T or beta_T",
+                ScheduleWarning,
+                stacklevel=4,
+            )
+        elif self.alpha_bar[-1] < 1e-12:
+            warnings.warn(
+                f"alpha_bar_T = {self.alpha_bar[-1]:.3g} < 1e-12: most of the {self.T} steps are "
+                "pure noise and teach the network nothing; lower T or beta_T",
+                ScheduleWarning,
+                stacklevel=4,
+            )
+
+    # Rules
+
+    @classmethod
+    def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+        """beta rises linearly from beta_1 to beta_T (Ho et al. 2020, section 4)."""
+        betas = np.linspace(beta_1, beta_T, _count(T))
+        return cls(betas, {"rule": "linear", "T": T, "beta_1": beta_1, "beta_T": beta_T})
+
+    @classmethod
+    def geometric(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+        """beta rises by a constant factor: beta_t = beta_1 (beta_T / beta_1)^((t-1)/(T-1))."""
+        if not (beta_1 > 0 and beta_T > 0):
+            raise ScheduleError(
+                f"beta_1 and beta_T must be above 0; got beta_1={beta_1}, beta_T={beta_T}"
+            )
+        betas = beta_1 * (beta_T / beta_1) ** np.linspace(0.0, 1.0, _count(T))
+        return cls(betas, {"rule": "geometric", "T": T, "beta_1": beta_1, "beta_T": beta_T})
+
+    @classmethod
+    def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
+        """alpha_bar follows cos^2 (Nichol and Dhariwal 2021, Eq 17); beta clipped to max_beta."""
+        angle = (np.arange(_count(T) + 1) / T + s) / (1 + s) * np.pi / 2
+        f = np.cos(angle) ** 2
+        betas = np.minimum(1.0 - f[1:] / f[:-1], max_beta)
+        return cls(betas, {"rule": "cosine", "T": T, "s": s, "max_beta": max_beta})
+
+    @classmethod
+    def sigmoid(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
+        """beta follows a logistic curve over [-6, 6] (as diffusers' "sigmoid" defines it)."""
+        rise = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _count(T))))
+        betas = rise * (beta_T - beta_1) + beta_1
+        return cls(betas, {"rule": "sigmoid", "T": T, "beta_1": beta_1, "beta_T": beta_T})
+
+    @classmethod
+    def constant(cls, T: int = 1000, beta: float = 0.01) -> Schedule:
+        """The same beta at every step."""
+        return cls(np.full(_count(T), beta), {"rule": "constant", "T": T, "beta": beta})
+
+    @classmethod
+    def from_betas(cls, betas: ArrayLike) -> Schedule:
+        """Any beta_1..beta_T, each strictly between 0 and 1."""
+        return cls(betas)
+
+    # The forward process
+
+    def q_sample(self, x0: Array, t: ArrayLike, eps: Array) -> Array:
+        """x_t from x_0 and standard normal eps (Eq 4).
+
+        Args:
+            x0, eps: (B, ...), any floating dtype.
+            t: timesteps in 0..T, one for all or (B,).
+        """
+        t = self.check_t(t)
+        return _like(self.signal[t], x0) * x0 + _like(self.noise[t], x0) * eps
+
+    def posterior_mean(self, x0: Array, x_t: Array, t: ArrayLike) -> Array:
+        """Mean of q(x_{t-1} | x_t, x_0), t in 1..T (Eq 7)."""
+        t = self.check_t(t, least=1)
+        scale = 1.0 - self.alpha_bar[t]
+        to_x0 = self.signal[t - 1] * self.beta[t] / scale
+        to_xt = np.sqrt(self.alpha[t]) * (1.0 - self.alpha_bar[t - 1]) / scale
+        return _like(to_x0, x0) * x0 + _like(to_xt, x0) * x_t
+
+    def posterior_variance(self, t: ArrayLike) -> Float64:
+        """Variance of q(x_{t-1} | x_t, x_0), "beta-tilde", t in 1..T; 0 at t = 1 (Eq 7)."""
+        t = self.check_t(t, least=1)
+        variance: Float64 = (
+            (1.0 - self.alpha_bar[t - 1]) * self.beta[t] / (1.0 - self.alpha_bar[t])
+        )
+        return variance
+
+    def check_t(self, t: ArrayLike, least: int = 0) -> NDArray[np.int64]:
+        """`t` as int64, or a ScheduleError if it is not a whole number in least..T."""
+        array = np.asarray(t)
+        if array.dtype.kind not in "iu" or (array < least).any() or (array > self.T).any():
+            raise ScheduleError(f"t must be whole numbers in {least}..{self.T}; got {t!r}")
+        return array.astype(np.int64)
+
+    # As data
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready definition; `from_dict` of it is an equal schedule."""
+        return dict(self._definition)
+
+    @classmethod
+    def from_dict(cls, definition: dict[str, Any]) -> Schedule:
+        """The schedule that `to_dict` described."""
+        arguments = dict(definition)
+        rule = arguments.pop("rule", None)
+        make = RULES.get(rule) if isinstance(rule, str) else None
+        if make is None:
+            raise ScheduleError(f"unknown schedule rule {rule!r}; known: {', '.join(RULES)}")
+        try:
+            schedule: Schedule = make(**arguments)
+        except TypeError as error:
+            raise ScheduleError(f"schedule {definition!r}: {error}") from error
+        return schedule
+
+    def __repr__(self) -> str:
+        details = ", ".join(
+            f"{k}={v}" for k, v in self._definition.items() if k not in ("rule", "betas")
+        )
+        return f"Schedule.{self._definition['rule']}({details or f'T={self.T}'})"
+
+
+RULES = {
+    "linear": Schedule.linear,
+    "geometric": Schedule.geometric,
+    "cosine": Schedule.cosine,
+    "sigmoid": Schedule.sigmoid,
+    "constant": Schedule.constant,
+    "betas": Schedule.from_betas,
+}
+
+
+def _count(T: int) -> int:
+    if isinstance(T, bool) or not isinstance(T, (int, np.integer)) or T < 1:
+        raise ScheduleError(f"T must be a whole number >= 1; got {T!r}")
+    return int(T)
+
+
+def _like(coefficient: Any, x: Array) -> Array:
+    """A coefficient, or one a sample, as x's dtype and broadcastable over x (B, ...)."""
+    coefficient = np.asarray(coefficient).astype(x.dtype)
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))

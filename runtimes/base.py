@@ -1,0 +1,77 @@
+"""What every runtime's adapter promises, and the check of inputs that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_edge.errors import EngineError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one input or output; None in `shape` is a dimension that may vary."""
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+    def __str__(self) -> str:
+        sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
+        return f"{self.dtype} ({sizes})"
+
+
+class Engine(Protocol):
+    """An open model. Close it, or use it as a context manager.
+
+    Attributes:
+        runtime: name of the runtime that runs it, such as "onnxruntime".
+        device: where it really runs, such as "cpu" or "cuda:0".
+        concurrent: whether calls from several threads may overlap.
+        inputs, outputs: what the model takes and gives, by name.
+    """
+
+    runtime: str
+    device: str
+    concurrent: bool
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate the model; the outputs are the caller's to keep.
+
+        Raises:
+            EngineError: an input is missing, unknown, or of another shape or dtype.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def check_inputs(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> None:
+    """Raise EngineError unless `arrays` are exactly what `specs` describe."""
+    if specs.keys() != arrays.keys():
+        raise EngineError(
+            f"the model takes inputs {', '.join(specs)}; got {', '.join(arrays) or 'none'}"
+        )
+    for name, spec in specs.items():
+        array = arrays[name]
+        fits = len(array.shape) == len(spec.shape) and all(
+            want is None or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits or array.dtype != spec.dtype:
+            raise EngineError(f"input {name!r} must be {spec}; got {array.dtype} {array.shape}")
+    batches = {name: len(arrays[name]) for name in specs}
+    if len(set(batches.values())) > 1 or 0 in batches.values():
+        raise EngineError(f"all inputs must have the same batch size >= 1; got {batches}")
