@@ -1,7 +1,7 @@
 """Sample diffusion models (DDPM) on the device, without PyTorch.
 
-    from ddpm_edge import Generator
-    images = Generator.load().sample(16, seed=0)      # uint8 (16, 28, 28, 1)
+from ddpm_edge import Generator
+images = Generator.load().sample(16, seed=0)      # uint8 (16, 28, 28, 1)
 """
 
 from ddpm_edge import samplers
@@ -12,8 +12,6 @@ from ddpm_edge.generator import Generator, Result, Step
 from ddpm_edge.images import save_grid, save_image
 from ddpm_edge.plan import Plan
 from ddpm_edge.schedule import Schedule
-
-
 
 __all__ = [
     "Bundle",

@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 from ddpm_edge import noise
 from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.files import sync_directory, temporary_name, write_bytes
-from ddpm_edge.plan import PREDICTIONS
+from ddpm_edge.plan import PREDICTIONS, Plan
+from ddpm_edge.samplers import make_plan
 from ddpm_edge.schedule import Schedule
 
 FORMAT = 1
@@ -65,6 +66,17 @@ class Manifest:
         """The label that means "none", where the model has labels."""
         return len(self.class_names) or None
 
+    def make_plan(
+        self, sampler: str | None = None, steps: int | None = None, **options: Any
+    ) -> Plan:
+        """The default plan, or what the arguments make of it (see `Generator.plan`)."""
+        arguments = dict(self.plan)
+        default = str(arguments.pop("sampler", None))
+        if sampler not in (None, default):  # another sampler has its own defaults, but for clip
+            arguments = {k: v for k, v in arguments.items() if k == "clip"}
+        arguments |= options if steps is None else {**options, "steps": steps}
+        return make_plan(self.schedule, sampler or default, **arguments)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON of bundle.json, without files and digest."""
         return {
@@ -92,10 +104,10 @@ class Manifest:
             BundleError: a field is missing, of another type, or not understood.
         """
         try:
-            shape = tuple(_typed(size, int) for size in _typed(document["sample_shape"], list))
+            shape: Any = tuple(_typed(size, int) for size in _typed(document["sample_shape"], list))
             manifest = cls(
                 name=_typed(document["name"], str),
-                sample_shape=shape,  # type: ignore[arg-type]
+                sample_shape=shape,
                 schedule=Schedule.from_dict(_typed(document["schedule"], dict)),
                 prediction=_typed(document["prediction"], str),
                 timestep_offset=_typed(document["timestep"]["offset"], int),
@@ -116,6 +128,7 @@ class Manifest:
                 "null_label": (document["null_label"], manifest.null_label),
                 "noise_version": (document["noise_version"], noise.VERSION),
             }
+            manifest.make_plan()  # found now, not at the first image
         except KeyError as error:
             raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
         except (TypeError, ConfigError) as error:
@@ -245,7 +258,7 @@ def check_target(path: Path) -> None:
 def _replace_directory(new: Path, path: Path) -> None:
     """Put `new` at `path` in one step; what was at `path` is then at `new`."""
     if not path.exists():
-        os.rename(new, path)
+        new.rename(path)
         return
     with contextlib.suppress(OSError, AttributeError):  # Linux: swap the two names at once
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -254,9 +267,9 @@ def _replace_directory(new: Path, path: Path) -> None:
             return
     # Elsewhere, or where the file system cannot: two renames, the old bundle kept until the end.
     old = new.with_suffix(".old")
-    os.rename(path, old)
-    os.rename(new, path)
-    os.rename(old, new)
+    path.rename(old)
+    new.rename(path)
+    old.rename(new)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

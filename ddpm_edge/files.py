@@ -20,7 +20,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = temporary_name(path)
     # Plain os.open, not tempfile: the file then has the permissions that any new file gets.
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    handle = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -41,7 +43,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside a directory survive a power cut (a no-op where the OS has no such call)."""
+    """Make renames inside a directory survive a power cut; a no-op where the OS cannot."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -49,7 +51,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
 
 
 def temporary_name(path: Path) -> Path:

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddpm_edge import noise
+from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ClosedError, ConfigError, ForkError
 from ddpm_edge.images import to_images
 from ddpm_edge.plan import Plan, State
 from ddpm_edge.runtimes import Engine, open_engine
-from ddpm_edge.samplers import make_plan
 from ddpm_edge.sampling import Labels, Network, sample_states
 from ddpm_edge.schedule import Schedule
 
-Array = NDArray[Any]
 Label = int | str | None
 MAX_BATCH = 16  # samples in one engine call unless `batch` says otherwise
 
@@ -85,7 +83,6 @@ class Generator:
         self.variant = variant
         self._network: Network | None = Network(engine, bundle.manifest)
         self._pid = os.getpid()
-        self.plan()  # a default plan that cannot run is found now, not at the first image
 
     @classmethod
     def load(
@@ -171,15 +168,7 @@ class Generator:
         Raises:
             ConfigError: an unknown sampler or option, or a value out of range.
         """
-        default = dict(self.bundle.manifest.plan)
-        if sampler in (None, default["sampler"]):
-            sampler = default.pop("sampler")
-        else:
-            default = {"clip": default.get("clip")}
-        arguments = default | options
-        if steps is not None:
-            arguments["steps"] = steps
-        return make_plan(self.schedule, str(sampler), **arguments)
+        return self.bundle.manifest.make_plan(sampler, steps, **options)
 
     def warmup(self, n: int = 1) -> None:
         """Evaluate the network once for n samples, so that the first image is not slower."""
@@ -187,7 +176,7 @@ class Generator:
         self._open()(x, 1, None)
 
     def sample(self, n: int = 1, **arguments: Any) -> Array:
-        """n images; uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".
+        """Make n images: uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".
 
         The arguments are those of `run`.
         """
@@ -215,7 +204,9 @@ class Generator:
             label: a class, by number or name, for all or one for each; None = no label.
             guidance: scale of classifier-free guidance, eps_u + scale (eps_c - eps_u); needs a
                 label. None or 1.0 = plain conditioning.
-            sampler, steps, **options: see `plan`.
+            sampler: see `plan`.
+            steps: see `plan`.
+            **options: see `plan`.
             seed: 0..2**64 - 1; None draws a fresh one, found in the result.
             first: index of the first sample: `run(1, seed=s, first=5)` is the sixth image of
                 `run(8, seed=s)`.
@@ -227,9 +218,8 @@ class Generator:
             ConfigError: an argument that cannot work; nothing has run then.
         """
         start = time.perf_counter()
-        request = self._request(
-            n, label, guidance, sampler, steps, seed, first, MAX_BATCH if batch is None else batch, options
-        )
+        batch = MAX_BATCH if batch is None else batch
+        request = self._request(n, label, guidance, sampler, steps, seed, first, batch, options)
         if dtype not in ("uint8", "float32"):
             raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {dtype!r}")
         images: list[Array] = []
@@ -240,8 +230,8 @@ class Generator:
                 if callback is not None and callback(request.step(state, chunk)) is True:
                     stopped = True
                     break
-            assert state is not None  # a plan has at least one row
-            images.append(to_images(state.x0() if stopped else state.x, dtype))
+            if state is not None:  # always: a plan has at least one row
+                images.append(to_images(state.x0() if stopped else state.x, dtype))
             if stopped:
                 break
         return Result(
@@ -318,8 +308,11 @@ class Generator:
                     "label out"
                 )
             return None
-        many = not isinstance(label, (int, np.integer, str, type(None)))
-        labels = list(label) if many else [label] * n  # type: ignore[arg-type]
+        labels: list[Label]
+        if label is None or isinstance(label, (int, np.integer, str)):
+            labels = [label] * n
+        else:
+            labels = list(label)
         if len(labels) != n:
             raise ConfigError(f"got {len(labels)} labels for n = {n} images; give one or n of them")
         return np.array([_label_number(value, names) for value in labels], np.int64)
@@ -358,9 +351,7 @@ class _Request:
     def chunks(self) -> list[range]:
         """The sample indices of each batch."""
         end = self.first + self.n
-        return [
-            range(i, min(i + self.batch, end)) for i in range(self.first, end, self.batch)
-        ]
+        return [range(i, min(i + self.batch, end)) for i in range(self.first, end, self.batch)]
 
     def step(self, state: State, chunk: range) -> Step:
         """The public form of the loop's state."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.files import write_bytes
-
-Array = NDArray[Any]
 
 
 def to_images(x: Array, dtype: str = "uint8") -> Array:

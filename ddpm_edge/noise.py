@@ -1,8 +1,8 @@
 """Standard normal draws that depend on (seed, stream, sample, row) alone: noise version 1.
 
 The same four numbers give the same values on every machine, in any batch and any order, so a
-picture is known by its seed. The words come from Philox4x64-10 (Salmon et al. 2011), a counter-based
-generator whose raw output NumPy keeps stable; `Generator.standard_normal` is not kept stable, so
+picture is known by its seed. The words come from Philox4x64-10 (Salmon et al. 2011), a
+counter-based generator whose raw output NumPy keeps stable; `Generator.standard_normal` is not kept stable, so
 the transform (Box and Muller 1958, in float64, rounded to float32) is ours.
 
     Philox key     (seed, stream)
@@ -17,8 +17,8 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import ConfigError
 
 VERSION = 1
@@ -33,7 +33,7 @@ class Stream(IntEnum):
     STEP = 1
 
 
-def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int) -> NDArray[Any]:
+def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int) -> Array:
     """`count` standard normal draws, float32 (count,).
 
     Args:
@@ -56,7 +56,7 @@ def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int
     return normal.reshape(-1)[:count]
 
 
-def fill(out: NDArray[Any], seed: int, stream: Stream, first: int, row: int) -> None:
+def fill(out: Array, seed: int, stream: Stream, first: int, row: int) -> None:
     """Overwrite out (B, ...) with the draws of samples first..first + B - 1."""
     for i, sample in enumerate(out):
         sample[...] = standard_normal(seed, stream, first + i, row, sample.size).reshape(

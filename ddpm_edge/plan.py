@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm_edge.arrays import Array, Bool, Float64, Int64
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.noise import Stream
 
-Array = NDArray[Any]
 FORMS = ("x0", "eps")
 PREDICTIONS = ("eps", "x0", "v")
 
@@ -40,22 +39,22 @@ class Plan:
         evaluate: whether the row asks the network; bool (N,).
         restart: whether earlier m are forgotten before the row; bool (N,).
         stream: the noise stream of the row's draw; int64 (N,).
-        row: the row's number for its draw, so that a part of a plan draws as the whole; int64 (N,).
+        row: the row's number for its draw: a part of a plan draws as the whole does; int64 (N,).
     """
 
     name: str
     form: str
-    t: NDArray[np.int64]
-    signal: NDArray[np.float64]
-    noise: NDArray[np.float64]
-    a: NDArray[np.float64]
-    b: NDArray[np.float64]
-    s: NDArray[np.float64]
+    t: Int64
+    signal: Float64
+    noise: Float64
+    a: Float64
+    b: Float64
+    s: Float64
     clip: float | None = None
-    evaluate: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
-    restart: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
-    stream: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    row: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    evaluate: Bool = field(default_factory=lambda: np.empty(0, bool))
+    restart: Bool = field(default_factory=lambda: np.empty(0, bool))
+    stream: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
+    row: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
         """Fill what was left out and refuse a table that cannot run."""
@@ -97,10 +96,10 @@ class Plan:
         return int(self.evaluate.sum())
 
     def tail(self, rows: int) -> Plan:
-        """The last rows of a plan that keeps no history; they draw the noise that they always do."""
+        """The last rows of a plan without history; they draw the noise that they always do."""
         if self.b.shape[1] > 1:
             raise ConfigError(f"plan {self.name} has history and cannot be entered in its middle")
-        part = {name: array[-rows:] for name, array in self._arrays().items()}
+        part: dict[str, Any] = {name: array[-rows:] for name, array in self._arrays().items()}
         return replace(self, name=f"{self.name}.tail({rows})", **part)
 
     def table(self) -> str:
@@ -126,12 +125,11 @@ def prediction_to_form(
     """
     if prediction == form:
         return 0.0, 1.0
-    return {
-        ("eps", "x0"): lambda: (1.0 / signal, -noise / signal),
-        ("v", "x0"): lambda: (signal, -noise),
-        ("x0", "eps"): lambda: (1.0 / noise, -signal / noise),
-        ("v", "eps"): lambda: (noise, signal),
-    }[prediction, form]()
+    if prediction == "v":
+        return (signal, -noise) if form == "x0" else (noise, signal)
+    if form == "x0":  # from eps
+        return 1.0 / signal, -noise / signal
+    return 1.0 / noise, -signal / noise  # eps from x0
 
 
 @dataclass
@@ -148,7 +146,7 @@ class State:
     def x0(self) -> Array:
         """The x0 that this row saw in x_before; a new array."""
         if self.plan.form == "x0":
-            return self.m.copy()
+            return np.copy(self.m)
         signal, noise = float(self.plan.signal[self.index]), float(self.plan.noise[self.index])
         x0: Array = (self.x_before - noise * self.m) / signal
         return x0

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm_edge.arrays import Float64, Int64
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
 from ddpm_edge.schedule import Schedule
 
-Float64 = NDArray[np.float64]
 VARIANCES = ("beta", "beta-tilde")
 
 
@@ -52,9 +51,7 @@ def ddpm(
     return _plan(schedule, f"ddpm(steps={len(t)}, variance={variance})", clip, t, a, b, sigma)
 
 
-def ddim(
-    schedule: Schedule, steps: int = 50, eta: float = 0.0, clip: float | None = None
-) -> Plan:
+def ddim(schedule: Schedule, steps: int = 50, eta: float = 0.0, clip: float | None = None) -> Plan:
     """Denoising diffusion implicit models (Song et al. 2021, Eq 12 and 16).
 
     Args:
@@ -99,7 +96,7 @@ def make_plan(schedule: Schedule, sampler: str, **options: Any) -> Plan:
     return SAMPLERS[sampler](schedule, **options)
 
 
-def spaced(schedule: Schedule, steps: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def spaced(schedule: Schedule, steps: int) -> tuple[Int64, Int64]:
     """`steps` timesteps evenly down from T ("trailing"), and for each the one it leads to.
 
     The first is T, where the prior is; the last leads to 0. Trailing spacing is what Lin et al.
@@ -116,7 +113,7 @@ def spaced(schedule: Schedule, steps: int) -> tuple[NDArray[np.int64], NDArray[n
     return t, np.append(t[1:], 0)
 
 
-def _alpha_between(schedule: Schedule, t: NDArray[np.int64], s: NDArray[np.int64]) -> Float64:
+def _alpha_between(schedule: Schedule, t: Int64, s: Int64) -> Float64:
     """alpha_bar_t / alpha_bar_s; from alpha itself where t = s + 1, which loses no digits."""
     ratio = schedule.alpha_bar[t] / schedule.alpha_bar[s]
     return np.where(t == s + 1, schedule.alpha[t], ratio)
@@ -126,7 +123,7 @@ def _plan(
     schedule: Schedule,
     name: str,
     clip: float | None,
-    t: NDArray[np.int64],
+    t: Int64,
     a: Float64,
     b: Float64,
     sigma: Float64,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddpm_edge import noise
+from ddpm_edge.arrays import Array, Int64
 from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import BundleError
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan, State, run_plan
 from ddpm_edge.runtimes.base import Engine
 
-Array = NDArray[Any]
-Labels = NDArray[np.int64] | None
+Labels = Int64 | None
 
 
 class Network:

@@ -8,15 +8,14 @@ numbers are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models".
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from ddpm_edge.arrays import Array, Float64, Int64
 from ddpm_edge.errors import ScheduleError
-
-Array = NDArray[Any]
-Float64 = NDArray[np.float64]
 
 
 class ScheduleWarning(UserWarning):
@@ -53,7 +52,7 @@ class Schedule:
         self.T = int(values.size)
         self.beta: Float64 = np.concatenate([[0.0], values])
         self.alpha: Float64 = 1.0 - self.beta
-        self.alpha_bar: Float64 = np.cumprod(self.alpha)
+        self.alpha_bar: Float64 = np.cumprod(self.alpha, dtype=np.float64)
         self.signal: Float64 = np.sqrt(self.alpha_bar)
         self.noise: Float64 = np.sqrt(1.0 - self.alpha_bar)
         self._definition = definition or {"rule": "betas", "betas": values.tolist()}
@@ -81,13 +80,13 @@ class Schedule:
 
     @classmethod
     def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-        """beta rises linearly from beta_1 to beta_T (Ho et al. 2020, section 4)."""
+        """Let beta rise linearly from beta_1 to beta_T (Ho et al. 2020, section 4)."""
         betas = np.linspace(beta_1, beta_T, _count(T))
         return cls(betas, {"rule": "linear", "T": T, "beta_1": beta_1, "beta_T": beta_T})
 
     @classmethod
     def geometric(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-        """beta rises by a constant factor: beta_t = beta_1 (beta_T / beta_1)^((t-1)/(T-1))."""
+        """Let beta rise by a constant factor: beta_1 (beta_T / beta_1)^((t-1)/(T-1))."""
         if not (beta_1 > 0 and beta_T > 0):
             raise ScheduleError(
                 f"beta_1 and beta_T must be above 0; got beta_1={beta_1}, beta_T={beta_T}"
@@ -97,7 +96,7 @@ class Schedule:
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
-        """alpha_bar follows cos^2 (Nichol and Dhariwal 2021, Eq 17); beta clipped to max_beta."""
+        """Let alpha_bar follow cos^2 (Nichol and Dhariwal 2021, Eq 17), beta <= max_beta."""
         angle = (np.arange(_count(T) + 1) / T + s) / (1 + s) * np.pi / 2
         f = np.cos(angle) ** 2
         betas = np.minimum(1.0 - f[1:] / f[:-1], max_beta)
@@ -105,7 +104,7 @@ class Schedule:
 
     @classmethod
     def sigmoid(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
-        """beta follows a logistic curve over [-6, 6] (as diffusers' "sigmoid" defines it)."""
+        """Let beta follow a logistic curve over [-6, 6] (as diffusers' "sigmoid" defines it)."""
         rise = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _count(T))))
         betas = rise * (beta_T - beta_1) + beta_1
         return cls(betas, {"rule": "sigmoid", "T": T, "beta_1": beta_1, "beta_T": beta_T})
@@ -126,11 +125,13 @@ class Schedule:
         """x_t from x_0 and standard normal eps (Eq 4).
 
         Args:
-            x0, eps: (B, ...), any floating dtype.
+            x0: (B, ...), any floating dtype.
+            eps: standard normal draws, as x0.
             t: timesteps in 0..T, one for all or (B,).
         """
         t = self.check_t(t)
-        return _like(self.signal[t], x0) * x0 + _like(self.noise[t], x0) * eps
+        x_t: Array = _like(self.signal[t], x0) * x0 + _like(self.noise[t], x0) * eps
+        return x_t
 
     def posterior_mean(self, x0: Array, x_t: Array, t: ArrayLike) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), t in 1..T (Eq 7)."""
@@ -138,17 +139,16 @@ class Schedule:
         scale = 1.0 - self.alpha_bar[t]
         to_x0 = self.signal[t - 1] * self.beta[t] / scale
         to_xt = np.sqrt(self.alpha[t]) * (1.0 - self.alpha_bar[t - 1]) / scale
-        return _like(to_x0, x0) * x0 + _like(to_xt, x0) * x_t
+        mean: Array = _like(to_x0, x0) * x0 + _like(to_xt, x0) * x_t
+        return mean
 
     def posterior_variance(self, t: ArrayLike) -> Float64:
         """Variance of q(x_{t-1} | x_t, x_0), "beta-tilde", t in 1..T; 0 at t = 1 (Eq 7)."""
         t = self.check_t(t, least=1)
-        variance: Float64 = (
-            (1.0 - self.alpha_bar[t - 1]) * self.beta[t] / (1.0 - self.alpha_bar[t])
-        )
+        variance: Float64 = (1.0 - self.alpha_bar[t - 1]) * self.beta[t] / (1.0 - self.alpha_bar[t])
         return variance
 
-    def check_t(self, t: ArrayLike, least: int = 0) -> NDArray[np.int64]:
+    def check_t(self, t: ArrayLike, least: int = 0) -> Int64:
         """`t` as int64, or a ScheduleError if it is not a whole number in least..T."""
         array = np.asarray(t)
         if array.dtype.kind not in "iu" or (array < least).any() or (array > self.T).any():
@@ -170,10 +170,9 @@ class Schedule:
         if make is None:
             raise ScheduleError(f"unknown schedule rule {rule!r}; known: {', '.join(RULES)}")
         try:
-            schedule: Schedule = make(**arguments)
+            return make(**arguments)
         except TypeError as error:
             raise ScheduleError(f"schedule {definition!r}: {error}") from error
-        return schedule
 
     def __repr__(self) -> str:
         details = ", ".join(
@@ -182,7 +181,7 @@ class Schedule:
         return f"Schedule.{self._definition['rule']}({details or f'T={self.T}'})"
 
 
-RULES = {
+RULES: dict[str, Callable[..., Schedule]] = {
     "linear": Schedule.linear,
     "geometric": Schedule.geometric,
     "cosine": Schedule.cosine,
@@ -198,7 +197,7 @@ def _count(T: int) -> int:
     return int(T)
 
 
-def _like(coefficient: Any, x: Array) -> Array:
+def _like(coefficient: Float64, x: Array) -> Array:
     """A coefficient, or one a sample, as x's dtype and broadcastable over x (B, ...)."""
-    coefficient = np.asarray(coefficient).astype(x.dtype)
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+    array: Array = np.asarray(coefficient).astype(x.dtype)
+    return array.reshape(array.shape + (1,) * (x.ndim - array.ndim))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,14 @@ import numpy as np
 from ddpm_edge import bundle
 from ddpm_edge.bundle import Bundle, Manifest, check_target, write_bundle
 from ddpm_edge.errors import ConfigError
+from ddpm_edge.export.gate import Report, check
 from ddpm_edge.plan import PREDICTIONS
 from ddpm_edge.sampling import Network
-from ddpm_edge.samplers import make_plan
 from ddpm_edge.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
 
-DEFAULT_PLAN = {"sampler": "ddim", "steps": 50, "clip": 1.0}
 MODEL_FILE = "unet.onnx"
 GATES = ("quick", "full")
 
@@ -39,7 +38,7 @@ def export(
     training: Mapping[str, Any] | None = None,
     licence: str = "",
     gate: str = "quick",
-    report: Callable[[str, float, float], None] = lambda what, difference, tolerance: None,
+    report: Report | None = None,
 ) -> Bundle:
     """Export a torch network as a bundle, once it has passed the parity gate.
 
@@ -54,7 +53,7 @@ def export(
         timestep_offset: it is fed t + offset, t in 1..T.
         class_names: one name a label, or none.
         name: of the model; None = the directory's name.
-        plan: arguments of the default plan; None = 50-step DDIM.
+        plan: arguments of the default plan, as `Generator.plan` takes them; None = 50-step DDIM.
         training: how the weights came to be.
         licence: SPDX name for the weights.
         gate: "quick", or "full" to compare all T steps of Algorithm 2.
@@ -64,7 +63,6 @@ def export(
         ParityError: the exported network answers differently; nothing is written then.
         RuntimeUnavailableError: a package that export needs is missing.
     """
-    from ddpm_edge.export.gate import check
     from ddpm_edge.export.to_onnx import to_onnx
     from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
     from ddpm_edge.train.torch_engine import TorchEngine
@@ -83,16 +81,18 @@ def export(
         prediction=prediction,
         timestep_offset=timestep_offset,
         class_names=tuple(class_names),
-        plan=dict(plan or DEFAULT_PLAN | {"steps": min(50, schedule.T)}),
+        plan=default_plan(schedule, plan or {}),
         variants={"fp32": {"file": MODEL_FILE}},
         training=dict(training or {}),
         licence=licence,
     )
-    make_plan(schedule, **manifest.plan)  # a default plan that cannot run is refused now
+    manifest.make_plan()  # a default plan that cannot run is refused now
     data = to_onnx(model, manifest)
     reference = Network(TorchEngine(model, sample_shape, bool(class_names)), manifest)
     with OnnxRuntimeEngine(data, device="cpu") as engine:
-        figures, arrays = check(Network(engine, manifest), reference, gate == "full", report)
+        figures, arrays = check(
+            Network(engine, manifest), reference, full=gate == "full", report=report
+        )
     variants = {"fp32": {"file": MODEL_FILE, "parity": figures}}
     files = {MODEL_FILE: data, bundle.REFERENCE: _npz(arrays)}
     return write_bundle(path, Manifest(**{**vars(manifest), "variants": variants}), files)
@@ -118,6 +118,14 @@ def export_run(run: str | Path, path: str | Path, **arguments: Any) -> Bundle:
         training=trained.provenance,
         **{"name": trained.config["name"], **arguments},
     )
+
+
+def default_plan(schedule: Schedule, given: Mapping[str, Any]) -> dict[str, Any]:
+    """50-step DDIM, clipped to the images' range, unless told otherwise."""
+    plan: dict[str, Any] = {"sampler": "ddim", "clip": 1.0} | dict(given)
+    if plan["sampler"] == "ddim":
+        plan.setdefault("steps", min(50, schedule.T))
+    return plan
 
 
 def _npz(arrays: Mapping[str, Any]) -> bytes:

@@ -6,9 +6,12 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import RuntimeUnavailableError
 
@@ -29,8 +32,32 @@ def to_onnx(model: nn.Module, manifest: Manifest) -> bytes:
     Raises:
         RuntimeUnavailableError: torch, onnx or onnxscript is not installed.
     """
+    names = ["t"] + (["label"] if manifest.class_names else [])
+    example: dict[str, Array] = {"x": np.zeros((2, *manifest.sample_shape), np.float32)}
+    example |= {name: np.zeros(2, np.int64) for name in names}
+    properties = {
+        "sample_shape": json.dumps(manifest.sample_shape),
+        "schedule": json.dumps(manifest.schedule.to_dict()),
+        "prediction": manifest.prediction,
+        "timestep_offset": str(manifest.timestep_offset),
+    }
+    return onnx_bytes(onnx_model(model, example, ["prediction"]), properties)
+
+
+def onnx_model(
+    model: nn.Module, example: Mapping[str, Array], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """Any torch network as an ONNX model, every first dimension the batch.
+
+    Args:
+        model: put into evaluation mode; takes the arrays of `example` in order.
+        example: inputs by name, a batch of 2 or more: a batch of 1 would become a constant.
+        outputs: names of the outputs, in order.
+
+    Raises:
+        RuntimeUnavailableError: torch, onnx or onnxscript is not installed.
+    """
     try:
-        import onnx
         import onnxscript  # noqa: F401  (torch's exporter needs it)
         import torch
     except ImportError as error:
@@ -39,34 +66,29 @@ def to_onnx(model: nn.Module, manifest: Manifest) -> bytes:
         ) from error
     from ddpm_edge.export.static_shapes import make_static
 
-    names = ["x", "t"] + (["label"] if manifest.class_names else [])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    example = [torch.zeros(2, *manifest.sample_shape, device=device)]  # batch 1 would be a constant
-    example += [torch.zeros(2, dtype=torch.int64, device=device) for _ in names[1:]]
     with _quiet():
         program = torch.onnx.export(
             model.eval(),
-            tuple(example),
+            tuple(torch.from_numpy(array).to(device) for array in example.values()),
             dynamo=True,
             opset_version=OPSET,
             external_data=False,
-            input_names=names,
-            output_names=["prediction"],
-            dynamic_shapes=[{0: "batch"} for _ in names],
+            input_names=list(example),
+            output_names=list(outputs),
+            dynamic_shapes=[{0: "batch"} for _ in example],
             verbose=False,
         )
-    assert program is not None  # only None when exporting to a file
-    proto = make_static(program.model_proto)
+    proto = make_static(program.model_proto)  # type: ignore[union-attr]  # None: to a file only
     _strip(proto)
-    onnx.helper.set_model_props(
-        proto,
-        {
-            "sample_shape": json.dumps(manifest.sample_shape),
-            "schedule": json.dumps(manifest.schedule.to_dict()),
-            "prediction": manifest.prediction,
-            "timestep_offset": str(manifest.timestep_offset),
-        },
-    )
+    return proto
+
+
+def onnx_bytes(proto: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
+    """The checked content of an .onnx file, with `properties` as its `metadata_props`."""
+    import onnx
+
+    onnx.helper.set_model_props(proto, dict(properties))
     onnx.checker.check_model(proto, full_check=True)
     data: bytes = proto.SerializeToString()
     return data

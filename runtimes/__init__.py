@@ -1,4 +1,4 @@
-"""Engines: what evaluates the network. Named arrays in, named arrays out; nothing about diffusion."""
+"""Engines evaluate the network: named arrays in, named arrays out, nothing about diffusion."""
 
 from ddpm_edge.runtimes.base import Engine, TensorSpec
 from ddpm_edge.runtimes.select import RUNTIMES, open_engine

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import EngineError
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)

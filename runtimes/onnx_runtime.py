@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import EngineError, RuntimeUnavailableError
-from ddpm_edge.runtimes.base import Array, TensorSpec, check_inputs
+from ddpm_edge.runtimes.base import TensorSpec, check_inputs
 
 NAME = "onnxruntime"
 REMEDY = "pip install 'ddpm-edge[cpu]', or 'ddpm-edge[gpu]' for an NVIDIA GPU"
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(int64)": np.dtype(np.int64),
 }

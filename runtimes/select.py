@@ -37,7 +37,7 @@ def open_engine(
         RuntimeUnavailableError: what was asked for by name, or anything at all, is not there.
         EngineError: the model cannot be loaded.
     """
-    if threads is not None and (isinstance(threads, bool) or int(threads) != threads or threads < 1):
+    if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(f"threads must be a whole number >= 1 or None; got {threads!r}")
     if runtime != "auto" and runtime not in RUNTIMES:
         raise RuntimeUnavailableError(

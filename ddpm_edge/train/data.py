@@ -6,11 +6,10 @@ import gzip
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ddpm_edge.arrays import Array, Int64, UInt8
 from ddpm_edge.errors import DataError
 
 FASHION_MNIST = "fashion-mnist"
@@ -33,8 +32,8 @@ class Dataset:
     """
 
     name: str
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None = None
+    images: UInt8
+    labels: Int64 | None = None
     class_names: tuple[str, ...] = ()
 
     @property
@@ -83,7 +82,7 @@ def _load_idx(folder: Path, split: str, class_names: tuple[str, ...]) -> Dataset
     return _checked(str(folder.name), images, labels, class_names)
 
 
-def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[Any]:
+def _read_idx(folder: Path, stem: str, dimensions: int) -> Array:
     """An IDX file of unsigned bytes, gzipped or not (the format of LeCun's MNIST page)."""
     found = [p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()]
     if not found:
@@ -116,7 +115,7 @@ def _load_npz(path: Path) -> Dataset:
 
 
 def _checked(
-    name: str, images: NDArray[Any], labels: NDArray[Any] | None, class_names: tuple[str, ...]
+    name: str, images: Array, labels: Array | None, class_names: tuple[str, ...]
 ) -> Dataset:
     if images.dtype != np.uint8:
         raise DataError(f"{name}: images must be uint8 in 0..255; got {images.dtype}")

@@ -11,19 +11,26 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
+from ddpm_edge.arrays import UInt8
+from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import RunError
 from ddpm_edge.files import write_bytes
+from ddpm_edge.images import save_grid, to_images
+from ddpm_edge.sampling import Network, sample_states
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train.data import Dataset
+from ddpm_edge.train.torch_engine import TorchEngine
 from ddpm_edge.train.trainer import (
     EMA,
     TIMESTEP_OFFSET,
@@ -37,6 +44,8 @@ from ddpm_edge.train.unet import UNet, UNetConfig
 
 LOG_STEPS = 50
 CHECKPOINT_SECONDS = 120.0
+GRIDS = 10
+GRID_STEPS = 20
 RUN_FORMAT = 1
 
 
@@ -64,16 +73,18 @@ def record(
     schedule: Schedule,
     options: TrainOptions,
     preset: str,
-) -> Iterator[TrainStep]:
+) -> Generator[TrainStep, None, None]:
     """Train a new network into `directory`, which must be new or empty; yields every step.
 
-    The checkpoint is written every two minutes and when the iteration ends, however it ends.
+    The checkpoint is written every two minutes and when the iteration ends, however it ends; a
+    grid of samples of the averaged weights ten times and at the end.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunError(f"{directory} exists and is not empty; give a new directory")
     device = resolve_device(options.device)
     torch.manual_seed(options.seed)
-    model = UNet(config).to(device, memory_format=torch.channels_last)
+    model = UNet(config).to(device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = EMA(model, options.ema)
     (directory / "checkpoints").mkdir(parents=True)
     (directory / "samples").mkdir()
@@ -95,6 +106,20 @@ def record(
     }
     write_bytes(directory / "config.json", json.dumps(description, indent=2).encode() + b"\n")
 
+    manifest = Manifest(
+        name=data.name,
+        sample_shape=data.sample_shape,
+        schedule=schedule,
+        prediction="eps",
+        timestep_offset=TIMESTEP_OFFSET,
+        class_names=data.class_names,
+        plan={"sampler": "ddim", "steps": min(GRID_STEPS, schedule.T), "clip": 1.0},
+        variants={},
+    )
+    engine = TorchEngine(ema.model, data.sample_shape, bool(data.class_names))
+    network = Network(engine, manifest)
+    grids = 0
+
     saved, losses, step = time.monotonic(), [], None
     with open(directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         try:
@@ -105,6 +130,9 @@ def record(
                     metrics.write(json.dumps(metrics_line(step, losses)) + "\n")
                     metrics.flush()
                     losses.clear()
+                if step.fraction * GRIDS >= grids + 1 or step.fraction >= 1:
+                    grids = int(step.fraction * GRIDS)
+                    save_grid(sample(network), directory / "samples" / f"{step.step:07d}.png")
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save_checkpoint(directory, model, ema.model, step.step)
                     saved = time.monotonic()
@@ -112,6 +140,14 @@ def record(
         finally:
             if step is not None:
                 save_checkpoint(directory, model, ema.model, step.step)
+
+
+def sample(network: Network) -> UInt8:
+    """Sixteen images of a network as it is now, the labels in turn; uint8 (16, H, W, C)."""
+    classes = len(network.manifest.class_names)
+    labels = np.arange(16) % classes if classes else None
+    *_, last = sample_states(network, network.manifest.make_plan(), 0, range(16), labels)
+    return to_images(last.x)
 
 
 def metrics_line(step: TrainStep, losses: list[torch.Tensor]) -> dict[str, float]:
@@ -125,7 +161,7 @@ def metrics_line(step: TrainStep, losses: list[torch.Tensor]) -> dict[str, float
     }
 
 
-def save_checkpoint(directory: Path, model: UNet, average: UNet, step: int) -> None:
+def save_checkpoint(directory: Path, model: nn.Module, average: nn.Module, step: int) -> None:
     """Atomically write the weights and their average to `checkpoints/last.safetensors`."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in average.state_dict().items()}

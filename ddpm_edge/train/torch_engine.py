@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from ddpm_edge.arrays import Array
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
-
-Array = NDArray[Any]
 
 
 class TorchEngine:

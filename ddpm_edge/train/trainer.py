@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.schedule import Schedule
@@ -25,7 +25,7 @@ TIMESTEP_OFFSET = -1  # the network counts timesteps from 0, the mathematics fro
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. Either `steps` or `minutes` must be given; with both, the first reached ends it.
+    """How to train: `steps`, `minutes` or both; the first that is reached ends it.
 
     Args:
         steps: optimiser steps.
@@ -150,7 +150,7 @@ def batches(count: int, batch: int, device: torch.device) -> Iterator[Tensor]:
     batch = min(batch, count)
     while True:
         order = torch.randperm(count, device=device)
-        yield from order[: count // batch * batch].split(batch)
+        yield from torch.split(order[: count // batch * batch], batch)
 
 
 def progress(options: TrainOptions, step: int, seconds: float) -> float:
@@ -177,8 +177,8 @@ class EMA:
         """Move the average towards the model's weights now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = list(self.model.parameters())
-        torch._foreach_lerp_(averages, list(model.parameters()), 1 - decay)
+        for average, weight in zip(self.model.parameters(), model.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -195,7 +195,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """"bf16" or "fp32"; "auto" is bf16 where the device computes in it."""
+    """Resolve "auto" to "bf16" where the device computes in it, else to "fp32"."""
     if name != "auto":
         return name
     if device.type == "cuda":

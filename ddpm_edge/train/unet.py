@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from ddpm_edge.errors import ConfigError
 
@@ -68,7 +68,8 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNetConfig:
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        lists: dict[str, Any] = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **lists})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -92,6 +93,8 @@ PRESETS = {
 class TimeEmbedding(nn.Module):
     """Sinusoids of the timestep through two linear layers (Ho et al., appendix B)."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         half = width // 2
@@ -101,6 +104,7 @@ class TimeEmbedding(nn.Module):
         self.linear2 = nn.Linear(4 * width, 4 * width)
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed t (B,)."""
         angle = t[:, None].float() * self.frequencies  # (B, width / 2), float32: exact to t = 2^24
         wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, width)
         out: Tensor = self.linear2(F.silu(self.linear1(wave)))
@@ -120,6 +124,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, out, 1) if channels != out else nn.Identity()
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """Map x (B, channels, H, W) and shift (B, out) to (B, out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x))) + shift[:, :, None, None]  # (B, out, H, W)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + self.shortcut(x)  # type: ignore[no-any-return]
@@ -135,6 +140,7 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to the same shape."""
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # each (B, C, N), N = H W
         scores = q.transpose(1, 2) @ k * x.shape[1] ** -0.5  # (B, N, N): query, key
         mixed = v @ scores.softmax(dim=2).transpose(1, 2)  # (B, C, N)
@@ -190,8 +196,9 @@ class UNet(nn.Module):
         return Stage(channels, out, attention, self.config)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Answer for x (B, C, H, W) at t (B,); a label is needed if there are classes."""
         embedding = self.time(t)  # (B, 4 width)
-        if self.label is not None and label is not None:
+        if self.label is not None:
             embedding = embedding + self.label(label)
         shifts = iter(self.shifts(F.silu(embedding)).split(self._shifts, dim=1))
 
@@ -218,6 +225,7 @@ class Stage(nn.Module):
         self.attention = Attention(out, config) if attention else nn.Identity()
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        """Map x (B, channels, H, W) and shift (B, out) to (B, out, H, W)."""
         out: Tensor = self.attention(self.block(x, shift))
         return out
 
@@ -230,6 +238,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, 2 H, 2 W)."""
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
 

@@ -1,0 +1,47 @@
+# make demo   generate garments.png with the built-in model; needs Python and the package index
+# make test   install everything, build the wheel and run the tests against it
+# make check  what CI runs beside the tests: lint, types, NumPy 1.26
+# make dev    an editable install to work in
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One pinned set of versions for whoever tests; the demo takes what the index has.
+PINNED := -c constraints.txt
+
+.PHONY: demo test dev check lint numpy1 clean
+
+demo: $(BIN)/python
+	$(BIN)/pip install --quiet '.[cpu]'
+	$(BIN)/ddpm-edge sample -n 16 -o garments.png
+
+test: $(BIN)/python
+	$(BIN)/pip install --quiet $(PINNED) build
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/pip install --quiet $(PINNED) "$$(ls dist/*.whl)[cpu,export,dev]"
+	$(BIN)/pip install --quiet $(PINNED) --no-deps --force-reinstall dist/*.whl
+	$(BIN)/pytest
+
+dev: $(BIN)/python
+	$(BIN)/pip install $(PINNED) -e '.[cpu,export,dev]'
+
+check: lint numpy1
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p ddpm_edge
+
+# The oldest NumPy that is supported, without torch, onnx or diffusers: what a Jetson has.
+numpy1:
+	$(PYTHON) -m venv $(VENV)-numpy1
+	$(VENV)-numpy1/bin/pip install --quiet 'numpy==1.26.4' pytest "$$(ls dist/*.whl)[cpu]"
+	$(VENV)-numpy1/bin/pytest -q tests/test_noise.py tests/test_schedule.py tests/test_samplers.py \
+		tests/test_plan.py tests/test_bundle.py tests/test_generator.py tests/test_cli.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) $(VENV)-numpy1 build dist *.egg-info

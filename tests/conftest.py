@@ -1,0 +1,45 @@
+"""Fixtures: the built-in bundle, copies of it to damage, and a network that needs no runtime."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ToyEngine
+
+from ddpm_edge import Generator, bundle
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def toy() -> Generator:
+    """The built-in bundle's manifest around a toy network: microseconds a step."""
+    return Generator(bundle.Bundle.open(), ToyEngine(), "fp32")
+
+
+@pytest.fixture(scope="session")
+def generator() -> Iterator[Generator]:
+    """The built-in model on ONNX Runtime."""
+    pytest.importorskip("onnxruntime")
+    with Generator.load(runtime="onnxruntime", device="cpu") as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the built-in bundle."""
+    return Path(shutil.copytree(bundle.BUILT_IN, tmp_path / "bundle"))
+

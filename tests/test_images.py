@@ -1,0 +1,84 @@
+"""Images and files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_edge import save_grid, save_image
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.files import atomic_write
+from ddpm_edge.images import grid, to_images
+
+
+def test_to_images_rounds_clips_and_transposes() -> None:
+    x = np.array([-1.0, 1.0, 0.0, -3.0, 3.0, 1 / 127.5], np.float32).reshape(1, 3, 1, 2)
+    assert to_images(x).tolist() == [[[[0, 128, 255], [255, 0, 128]]]]  # (1, 1, 2, 3)
+    assert to_images(x, "float32").dtype == np.float32
+    assert to_images(x, "float32")[0, 0, 1, 1] == -1.0
+
+
+def test_every_grey_level_comes_back() -> None:
+    levels = np.arange(256, dtype=np.float32).reshape(1, 1, 16, 16) / 127.5 - 1.0
+    assert (to_images(levels).reshape(-1) == np.arange(256)).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3)])
+def test_png_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    save_image(image, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert (np.asarray(opened) == image.reshape(4, 5, *shape[2:]).squeeze()).all()
+
+
+def test_grid_layout() -> None:
+    images = np.stack([np.full((2, 2, 1), i, np.uint8) for i in range(5)])
+    sheet = grid(images, gap=1)[:, :, 0]
+    assert sheet.shape == (7, 10)  # 2 rows of 3
+    assert sheet[1:3, 1:3].tolist() == [[0, 0], [0, 0]]
+    assert sheet[4:6, 4:6].tolist() == [[4, 4], [4, 4]]
+    assert (sheet[4:6, 7:9] == 255).all()
+    assert (sheet[::3] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 4, 4, 1)), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 4, 1), np.uint8)]
+)
+def test_what_is_no_grid(tmp_path: Path, images: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match="a grid needs uint8 images"):
+        save_grid(images, tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="a PNG needs uint8"):
+        save_image(np.zeros((2, 2, 4), np.uint8), tmp_path / "a.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    with atomic_write(tmp_path / "atomic"):
+        pass
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")}
+    assert len(modes) == 1

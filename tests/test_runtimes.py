@@ -1,0 +1,149 @@
+"""Engines: the ONNX Runtime adapter and the choice of a runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ToyEngine
+
+from ddpm_edge.bundle import BUILT_IN
+from ddpm_edge.errors import ConfigError, EngineError, RuntimeUnavailableError
+from ddpm_edge.runtimes import Engine, open_engine, select
+from ddpm_edge.runtimes.base import check_inputs
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+MODEL = BUILT_IN / "unet.onnx"
+
+
+def arrays(batch: int = 2, **changes: Any) -> dict[str, np.ndarray]:
+    usual = {
+        "x": np.zeros((batch, 1, 28, 28), np.float32),
+        "t": np.zeros(batch, np.int64),
+        "label": np.zeros(batch, np.int64),
+    }
+    return {name: array for name, array in (usual | changes).items() if array is not None}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    with open_engine(MODEL, device="cpu", threads=1) as opened:
+        yield opened
+
+
+def test_lifecycle(engine: Engine) -> None:
+    assert (engine.runtime, engine.device, engine.concurrent) == ("onnxruntime", "cpu", True)
+    assert {name: str(spec) for name, spec in engine.inputs.items()} == {
+        "x": "float32 (any, 1, 28, 28)",
+        "t": "int64 (any)",
+        "label": "int64 (any)",
+    }
+    opened = open_engine(MODEL.read_bytes())
+    opened.close()
+    opened.close()
+    with pytest.raises(EngineError, match="the engine is closed"):
+        opened(arrays())
+
+
+def test_outputs_are_the_caller_s(engine: Engine) -> None:
+    first = engine(arrays())["prediction"]
+    kept = first.copy()
+    engine(arrays(x=np.ones((2, 1, 28, 28), np.float32)))
+    assert first.shape == (2, 1, 28, 28)
+    assert first.dtype == np.float32
+    assert (first == kept).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": None}, "takes inputs x, t, label; got t, label"),
+        ({"y": np.zeros(2)}, "got x, t, label, y"),
+        ({"x": np.zeros((2, 1, 28, 28))}, r"'x' must be float32 \(any, 1, 28, 28\); got float64"),
+        ({"x": np.zeros((2, 3, 28, 28), np.float32)}, r"got float32 \(2, 3, 28, 28\)"),
+        ({"x": np.zeros((2, 784), np.float32)}, r"got float32 \(2, 784\)"),
+        ({"t": np.zeros(2, np.int32)}, r"'t' must be int64 \(any\); got int32"),
+        ({"t": np.zeros(3, np.int64)}, "same batch size >= 1; got {'x': 2, 't': 3, 'label': 2}"),
+    ],
+)
+def test_inputs_that_do_not_fit(engine: Engine, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        engine(arrays(**changes))
+
+
+def test_no_batch_at_all(engine: Engine) -> None:
+    with pytest.raises(EngineError, match="same batch size >= 1"):
+        engine(arrays(0))
+
+
+@pytest.mark.parametrize("model", [b"", b"not a model", b"\x08\x08"])
+def test_models_that_do_not_load(model: bytes) -> None:
+    with pytest.raises(EngineError, match="ONNX Runtime cannot load the model"):
+        open_engine(model)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot load the model"):
+        open_engine(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.0])
+def test_threads(threads: Any) -> None:
+    with pytest.raises(ConfigError, match="threads must be a whole number >= 1"):
+        open_engine(MODEL, threads=threads)
+
+
+def test_a_device_asked_for_by_name_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(RuntimeUnavailableError, match=r"has only .*CPU.*use device='cpu'"):
+            open_engine(MODEL, device="cuda")
+    # onnxruntime-gpu lists CUDA without a GPU, and its session then runs on the CPU
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda model, options, providers: real(model, options, providers=both[1:]),
+    )
+    with pytest.raises(RuntimeUnavailableError, match="'cuda:0' was asked for, but .* runs on CPU"):
+        open_engine(MODEL, device="cuda:0")
+    with open_engine(MODEL) as engine:  # not asked for by name: the CPU it is, and it says so
+        assert engine.device == "cpu"
+
+
+def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> Engine:
+        raise RuntimeUnavailableError("no such thing here")
+
+    toy = ToyEngine()
+    monkeypatch.setattr(select, "RUNTIMES", {"a": missing, "b": lambda *_: toy, "c": missing})
+    assert open_engine(b"") is toy
+    with pytest.raises(RuntimeUnavailableError, match="no such thing here"):
+        open_engine(b"", runtime="a")
+    with pytest.raises(RuntimeUnavailableError, match="unknown runtime 'd'; runtimes are auto, a"):
+        open_engine(b"", runtime="d")
+
+
+def test_check_inputs_agrees_with_the_toy() -> None:
+    toy = ToyEngine()
+    check_inputs(toy.inputs, arrays())
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu(engine: Engine) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    try:
+        cuda = open_engine(MODEL, device="cuda")
+    except RuntimeUnavailableError as error:
+        pytest.skip(str(error))
+    x = np.random.default_rng(0).standard_normal((5, 1, 28, 28)).astype(np.float32)
+    inputs = arrays(5, x=x, t=np.array([0, 10, 100, 500, 999]))
+    with cuda:
+        got = cuda(inputs)["prediction"]
+    # float32 without TF32, other summation orders
+    assert np.abs(got - engine(inputs)["prediction"]).max() <= 1e-4

@@ -1,0 +1,49 @@
+"""Every program in samples/ runs as it stands and is short enough to copy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+def run(name: str, *arguments: object, cwd: Path) -> str:
+    command = [sys.executable, str(SAMPLES / name), *(str(a) for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all_are_run_here_and_short() -> None:
+    here = Path(__file__).read_text()
+    for path in SAMPLES.glob("*.py"):
+        assert f'run("{path.name}"' in here
+        assert len(path.read_text().splitlines()) <= 45
+
+
+def test_generate(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("generate.py", cwd=tmp_path) == "sneakers.png: 8 images\n"
+    with Image.open(tmp_path / "sneakers.png") as image:
+        assert image.getextrema()[0] == 0  # not a white sheet
+
+
+def test_live_preview(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    lines = run("live_preview.py", 10, cwd=tmp_path).splitlines()
+    assert lines[0] == "step 10 of 10, t = 100"
+    assert len(lines) == 15
+    assert "@" in "".join(lines[1:])
+
+
+def test_train_export_sample(tmp_path: Path) -> None:
+    for package in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    output = run("train_export_sample.py", tmp_path / "out", 5, cwd=tmp_path)
+    assert "20-step DDIM" in output
+    assert (tmp_path / "out" / "squares.png").is_file()
