@@ -61,8 +61,22 @@ class FeatureNetwork:
         """Judge images (N, H, W, C), N >= 1, uint8 or float32 in [-1, 1], `batch` at a time.
 
         Raises:
-            ConfigError: images of another dtype, shape or range, or no batch.
+            ConfigError: images of another dtype, shape or range.
         """
-        _, channels, *size = self.engine.inputs["x"].shape
-        fits = len(images) >= 1 if images.ndim == 4 else False
-        raise ConfigError
+        _, channels, height, width = self.engine.inputs["x"].shape
+        want = (height, width, channels)
+        fits = images.ndim == 4 and all(w in (None, g) for w, g in zip(want, images.shape[1:]))
+        if images.dtype not in (np.uint8, np.float32) or not fits or not images.size:
+            sizes = ", ".join(str(w or "any") for w in want)
+            raise ConfigError(
+                f"images must be uint8, or float32 in [-1, 1], of shape (N, {sizes}) with N >= 1; "
+                f"got {images.dtype} {images.shape}"
+            )
+        if images.dtype == np.float32 and not (images.min() >= -1 and images.max() <= 1):
+            raise ConfigError("float32 images must be in [-1, 1] and finite; these are not")
+        answers = [self._judge(images[i : i + batch]) for i in range(0, len(images), batch)]
+        return Features(*(np.concatenate([a[n] for a in answers]) for n in ("features", "logits")))
+
+    def _judge(self, images: Array) -> dict[str, Array]:
+        x = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else images
+        return self.engine({"x": np.ascontiguousarray(x.transpose(0, 3, 1, 2), np.float32)})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,11 +74,13 @@ class Plan:
             raise ConfigError(f"plan {self.name}: all columns must have the same length >= 1")
         if not all(np.isfinite(array).all() for array in self._arrays().values()):
             raise ConfigError(f"plan {self.name}: every coefficient must be finite")
-        known = 0
-        for i in range(n):
-            known = (0 if self.restart[i] else known) + bool(self.evaluate[i])
-            if self.b[i, known:].any():
-                raise ConfigError(f"plan {self.name}: row {i} uses an answer that was never asked")
+        asked = np.cumsum(self.evaluate)
+        forgotten = np.where(self.restart, asked - self.evaluate, 0)
+        known: Int64 = asked - np.maximum.accumulate(forgotten)  # answers since the last restart
+        missing = (self.b != 0) & (np.arange(self.b.shape[1]) >= known[:, None])
+        if missing.any():
+            row = int(np.argmax(missing.any(axis=1)))
+            raise ConfigError(f"plan {self.name}: row {row} uses an answer that was never asked")
 
     def _arrays(self) -> dict[str, Array]:
         return {
@@ -102,6 +104,25 @@ class Plan:
         part: dict[str, Any] = {name: array[-rows:] for name, array in self._arrays().items()}
         return replace(self, name=f"{self.name}.tail({rows})", **part)
 
+    def rows(self, prediction: str) -> list[Row]:
+        """The rows for a network that answers `prediction`: "eps", "x0" or "v"."""
+        at_t = zip(self.signal.tolist(), self.noise.tolist(), strict=True)
+        form = [prediction_to_form(prediction, self.form, *pair) for pair in at_t]
+        columns = zip(
+            self.t.tolist(),
+            self.evaluate.tolist(),
+            self.restart.tolist(),
+            [from_x for from_x, _ in form],
+            [from_answer for _, from_answer in form],
+            self.a.tolist(),
+            self.b.tolist(),
+            self.s.tolist(),
+            [Stream(stream) for stream in self.stream.tolist()],
+            self.row.tolist(),
+            strict=True,
+        )
+        return [Row(*values) for values in columns]
+
     def table(self) -> str:
         """The plan for people, one line a row."""
         head = f"{'row':>4} {'t':>5} {'signal':>9} {'noise':>9} {'a':>10} {'s':>9}  b"
@@ -113,6 +134,24 @@ class Plan:
                 f"{self.a[i]:10.6f} {self.s[i]:9.6f}  {b}"
             )
         return "\n".join(lines)
+
+
+class Row(NamedTuple):
+    """One row of a plan as the loop wants it.
+
+    Python numbers: a NumPy float64 scalar would turn float32 arrays into float64 ones.
+    """
+
+    t: int
+    evaluate: bool
+    restart: bool
+    from_x: float  # m = from_x x + from_answer (the network's answer)
+    from_answer: float
+    a: float
+    b: list[float]
+    s: float
+    stream: Stream
+    number: int
 
 
 def prediction_to_form(
@@ -156,7 +195,7 @@ def run_plan(
     plan: Plan,
     x: Array,
     ask: Callable[[Array, int], Array],
-    draw: Callable[[Array, Stream, int], None],
+    draw: Callable[[Stream, int], Array],
     prediction: str = "eps",
 ) -> Iterator[State]:
     """Run a plan from x, yielding after every row; the last state's x is the sample.
@@ -166,35 +205,29 @@ def run_plan(
         x: the state to start from, (B, ...), float32 (or float64, to check the mathematics). It is
             overwritten.
         ask: the network's answer (B, ...) for (x, t).
-        draw: overwrites an array of x's shape with the normal draws of (stream, row).
+        draw: the normal draws of (stream, row number), of x's shape.
         prediction: what the network answers: "eps", "x0" or "v".
     """
     x_next, scratch = np.empty_like(x), np.empty_like(x)
     history: list[Array] = []
     spare = [np.empty_like(x) for _ in range(plan.b.shape[1])]
-    # Python floats: a NumPy float64 scalar would turn float32 arrays into float64 ones.
-    signal, noise = plan.signal.tolist(), plan.noise.tolist()
-    a, b, s = plan.a.tolist(), plan.b.tolist(), plan.s.tolist()
-    for i in range(len(plan)):
-        t = int(plan.t[i])
-        if plan.restart[i]:
+    for i, row in enumerate(plan.rows(prediction)):
+        if row.restart:
             spare, history = spare + history, []
-        if plan.evaluate[i]:
+        if row.evaluate:
             m = spare.pop() if spare else history.pop()
-            from_x, from_answer = prediction_to_form(prediction, plan.form, signal[i], noise[i])
-            np.multiply(ask(x, t), from_answer, out=m)
-            if from_x:
-                m += np.multiply(x, from_x, out=scratch)
-            if plan.clip is not None:
-                np.clip(m, -plan.clip, plan.clip, out=m)
+            np.multiply(ask(x, row.t), row.from_answer, out=m)
+            if row.from_x:
+                m += np.multiply(x, row.from_x, out=scratch)
+            if plan.clip is not None:  # np.clip does the same, five times slower
+                np.maximum(m, -plan.clip, out=m)
+                np.minimum(m, plan.clip, out=m)
             history.insert(0, m)
-        np.multiply(x, a[i], out=x_next)
-        for coefficient, m in zip(b[i], history, strict=False):
-            if coefficient:
-                x_next += np.multiply(m, coefficient, out=scratch)
-        if s[i]:
-            draw(scratch, Stream(int(plan.stream[i])), int(plan.row[i]))
-            scratch *= s[i]
-            x_next += scratch
+        np.multiply(x, row.a, out=x_next)
+        for b, m in zip(row.b, history, strict=False):
+            if b:
+                x_next += np.multiply(m, b, out=scratch)
+        if row.s:
+            x_next += np.multiply(draw(row.stream, row.number), row.s, out=scratch)
         x, x_next = x_next, x
-        yield State(i, t, x, x_next, history[0], plan)
+        yield State(i, row.t, x, x_next, history[0], plan)

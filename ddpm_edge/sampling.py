@@ -95,17 +95,10 @@ def sample_states(
         guidance: see `Network`.
         start: state to start from, float32 (B, C, H, W), left as it is; None = the prior's draw.
     """
-    first = samples.start
-    if start is None:
-        x = np.empty((len(samples), *network.manifest.sample_shape), np.float32)
-        noise.fill(x, seed, Stream.START, first, 0)
-    else:
-        x = start.copy()
+    draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
+    x = draws.rows(Stream.START, range(1))[0] if start is None else np.copy(start)
 
     def ask(x: Array, t: int) -> Array:
         return network(x, t, labels, guidance)
 
-    def draw(out: Array, stream: Stream, row: int) -> None:
-        noise.fill(out, seed, stream, first, row)
-
-    return run_plan(plan, x, ask, draw, network.manifest.prediction)
+    return run_plan(plan, x, ask, draws, network.manifest.prediction)

@@ -62,8 +62,8 @@ def check(
 
     # Answers
     t = np.unique(np.linspace(1, schedule.T, TIMESTEPS).round().astype(np.int64))
-    x = np.empty((len(t), *network.manifest.sample_shape), np.float32)
-    noise.fill(x, SEED, noise.Stream.START, 0, 0)
+    shape = network.manifest.sample_shape
+    x = noise.Draws(SEED, 0, (len(t), *shape)).rows(noise.Stream.START, range(1))[0]
     labels = np.arange(len(t)) % (classes + 1) if classes else None  # the null label among them
     torchs = _answers(reference, x, t, labels, 1)
     for batch in BATCHES:
@@ -89,8 +89,7 @@ def check(
         both(f"Algorithm 2, all {schedule.T} steps", algorithm_2)
     else:
         tail = algorithm_2.tail(min(50, schedule.T))
-        eps = np.empty_like(images)
-        noise.fill(eps, SEED, noise.Stream.START, SAMPLES, 0)
+        eps = noise.Draws(SEED, SAMPLES, images.shape).rows(noise.Stream.START, range(1))[0]
         start = schedule.q_sample(images, int(tail.t[0]), eps).astype(np.float32)
         both(f"Algorithm 2, last {len(tail)} steps", tail, start)
 

@@ -31,7 +31,7 @@ for step in record(folder / "run", data, config, Schedule.linear(), options, pre
     if step.step % 100 == 0:
         print(f"step {step.step}: loss {float(step.loss):.4f}")
 
-export_run(folder / "run", folder / "bundle", report=lambda *figures: print(*figures))
+export_run(folder / "run", folder / "bundle", report=print)
 with Generator.load(folder / "bundle") as generator:
     save_grid(generator.sample(16, seed=0), folder / "squares.png")
 print(f"{folder}/squares.png")

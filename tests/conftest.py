@@ -42,4 +42,3 @@ def generator() -> Iterator[Generator]:
 def copy(tmp_path: Path) -> Path:
     """A copy of the built-in bundle."""
     return Path(shutil.copytree(bundle.BUILT_IN, tmp_path / "bundle"))
-

@@ -122,9 +122,7 @@ def test_other_networks(
 ) -> None:
     names = [str(i) for i in range(classes)]
     model = network(classes, shape)
-    export(
-        model, schedule, tmp_path / "b", sample_shape=shape, class_names=names, gate="full"
-    )
+    export(model, schedule, tmp_path / "b", sample_shape=shape, class_names=names, gate="full")
     with Generator.load(tmp_path / "b") as generator:
         assert generator.sample(2, seed=0).shape == (2, *shape[1:], shape[0])
 

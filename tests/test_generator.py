@@ -33,7 +33,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 # Same seed, same picture
 
 
-@pytest.mark.parametrize("plan", [{"sampler": "ddim", "steps": 10}, {"sampler": "ddpm", "steps": 10}])
+@pytest.mark.parametrize(
+    "plan", [{"sampler": "ddim", "steps": 10}, {"sampler": "ddpm", "steps": 10}]
+)
 def test_batch_equals_single_calls(generator: Generator, plan: dict[str, Any]) -> None:
     together = generator.sample(8, seed=3, dtype="float32", **plan)
     singles = [generator.sample(1, seed=3, first=i, dtype="float32", **plan) for i in range(8)]
@@ -288,7 +290,9 @@ def test_a_model_that_does_not_fit_its_manifest() -> None:
 
 
 def test_unknown_runtime_and_device() -> None:
-    with pytest.raises(RuntimeUnavailableError, match="unknown runtime 'tflite'; runtimes are auto"):
+    with pytest.raises(
+        RuntimeUnavailableError, match="unknown runtime 'tflite'; runtimes are auto"
+    ):
         Generator.load(runtime="tflite")
     pytest.importorskip("onnxruntime")
     with pytest.raises(RuntimeUnavailableError, match="ONNX Runtime has no device 'tpu'"):

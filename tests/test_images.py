@@ -47,7 +47,8 @@ def test_grid_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "images", [np.zeros((2, 4, 4, 1)), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 4, 1), np.uint8)]
+    "images",
+    [np.zeros((2, 4, 4, 1)), np.zeros((4, 4, 1), np.uint8), np.zeros((0, 4, 4, 1), np.uint8)],
 )
 def test_what_is_no_grid(tmp_path: Path, images: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="a grid needs uint8 images"):

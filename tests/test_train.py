@@ -243,9 +243,7 @@ def test_devices() -> None:
 def test_a_run_on_disk(tmp_path: Path, classes: int) -> None:
     data = squares(classes=classes)
     config = UNetConfig.preset("tiny", data.sample_shape, classes)
-    steps = list(
-        runs.record(tmp_path / "run", data, config, Schedule.cosine(20), OPTIONS, "tiny")
-    )
+    steps = list(runs.record(tmp_path / "run", data, config, Schedule.cosine(20), OPTIONS, "tiny"))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "samples",
     ]  # fmt: skip

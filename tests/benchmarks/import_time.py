@@ -14,7 +14,9 @@ CODE = "import time; s = time.perf_counter(); import {}; print(time.perf_counter
 
 
 def seconds(module: str) -> float:
-    out = subprocess.run([sys.executable, "-c", CODE.format(module)], capture_output=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", CODE.format(module)], capture_output=True, check=True
+    )
     return float(out.stdout)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     runs = parser.parse_args().runs
 
-    draws = noise.standard_normal
+    draws = noise.Draws.__call__
     spent = 0.0
 
     def timed_draws(*arguments):
@@ -50,11 +50,13 @@ def main() -> None:
         spent += time.perf_counter() - start
         return out
 
-    noise.standard_normal = timed_draws
+    noise.Draws.__call__ = timed_draws
     bundle = Bundle.open()
     engine = TimedEngine(open_engine(bundle.model()[1], device="cpu"))
     generator = Generator(bundle, engine, "fp32")
-    print(f"{'plan':6} {'batch':>5} {'ms/step':>9} {'loop us/step':>13} {'loop %':>7} {'draws %':>8}")
+    print(
+        f"{'plan':6} {'batch':>5} {'ms/step':>9} {'loop us/step':>13} {'loop %':>7} {'draws %':>8}"
+    )
     for sampler in ("ddim", "ddpm"):
         for batch in (1, 16):
             generator.sample(batch, sampler=sampler, steps=5, seed=0)  # warm up
