@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ddpm_edge.arrays import Array, Float32
 from ddpm_edge.errors import ConfigError, EngineError
-from ddpm_edge.runtimes import TensorSpec, open_engine
+from ddpm_edge.runtimes import open_engine
 
 BUILT_IN = Path(__file__).parent / "bundles" / "fashion-mnist-features.onnx"
+BATCH = 250
 
 
-@dataclass(frozen=True)
-class Features:
-    """Answers for N images: features float32 (N, D), logits float32 (N, classes)."""
+class Judged(NamedTuple):
+    """N images judged: features (N, D), logits and probabilities (N, classes), all float32."""
 
     features: Float32
     logits: Float32
-
-    @property
-    def probabilities(self) -> Float32:
-        """Softmax of the logits: float32 (N, classes), each row sums to 1."""
-        e = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        return np.asarray(e / e.sum(axis=1, keepdims=True), np.float32)
+    probabilities: Float32
 
 
 class FeatureNetwork:
@@ -33,7 +28,7 @@ class FeatureNetwork:
 
     Args:
         model: an .onnx file, or its bytes.
-        device, threads: as for `open_engine`. The runtime is always ONNX Runtime.
+        device, threads: as for `open_engine`; the runtime is always ONNX Runtime.
 
     Raises:
         EngineError: the model cannot be loaded, or has other inputs or outputs.
@@ -42,41 +37,34 @@ class FeatureNetwork:
     def __init__(
         self, model: str | Path | bytes, device: str | None = None, threads: int | None = None
     ) -> None:
-        # Not "auto": a runtime that rounds elsewhere would move every figure made from features.
         self.engine = open_engine(model, "onnxruntime", device, threads)
         takes, gives = self.engine.inputs, self.engine.outputs
-        image = takes.get("x", TensorSpec((), np.dtype(np.float32)))
-        if len(takes) != 1 or len(image.shape) != 4 or not {"features", "logits"} <= gives.keys():
-            raise EngineError(
-                "a feature network takes x (B, C, H, W) and gives features and logits; got "
-                f"{', '.join(takes)} and {', '.join(gives)}"
-            )
+        if takes.keys() != {"x"} or not {"features", "logits"} <= gives.keys():
+            got = f"this model takes {', '.join(takes)} and gives {', '.join(gives)}"
+            raise EngineError(f"a feature network takes x and gives features and logits; {got}")
 
     @classmethod
     def fashion_mnist(cls, device: str | None = None, threads: int | None = None) -> FeatureNetwork:
-        """The built-in one: 28x28 grey images, 96 features, the 10 classes of Fashion-MNIST."""
+        """The built-in: x (B, 1, 28, 28), 96 features, the logits of Fashion-MNIST's 10 classes."""
         return cls(BUILT_IN, device, threads)
 
-    def __call__(self, images: Array, batch: int = 250) -> Features:
-        """Judge images (N, H, W, C), N >= 1, uint8 or float32 in [-1, 1], `batch` at a time.
+    def __call__(self, images: Array) -> Judged:
+        """Judge images (N, H, W, C), N >= 1, uint8 or float32 in [-1, 1].
 
         Raises:
-            ConfigError: images of another dtype, shape or range.
+            ConfigError: images of another dtype or range, or not (N, H, W, C).
+            EngineError: H, W or C is not what the model takes.
         """
-        _, channels, height, width = self.engine.inputs["x"].shape
-        want = (height, width, channels)
-        fits = images.ndim == 4 and all(w in (None, g) for w, g in zip(want, images.shape[1:]))
-        if images.dtype not in (np.uint8, np.float32) or not fits or not images.size:
-            sizes = ", ".join(str(w or "any") for w in want)
-            raise ConfigError(
-                f"images must be uint8, or float32 in [-1, 1], of shape (N, {sizes}) with N >= 1; "
-                f"got {images.dtype} {images.shape}"
-            )
-        if images.dtype == np.float32 and not (images.min() >= -1 and images.max() <= 1):
-            raise ConfigError("float32 images must be in [-1, 1] and finite; these are not")
-        answers = [self._judge(images[i : i + batch]) for i in range(0, len(images), batch)]
-        return Features(*(np.concatenate([a[n] for a in answers]) for n in ("features", "logits")))
+        if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or not len(images):
+            got = f"{images.dtype} {images.shape}"
+            raise ConfigError(f"images must be uint8 or float32 (N, H, W, C), N >= 1; got {got}")
+        if images.dtype == np.float32 and not np.abs(images).max(initial=0) <= 1:  # nor NaN
+            raise ConfigError("float32 images must be in [-1, 1]; some values are not")
+        parts = [self._judge(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        features, logits = (np.concatenate([p[k] for p in parts]) for k in ("features", "logits"))
+        e = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return Judged(features, logits, e / e.sum(axis=1, keepdims=True))
 
     def _judge(self, images: Array) -> dict[str, Array]:
-        x = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else images
-        return self.engine({"x": np.ascontiguousarray(x.transpose(0, 3, 1, 2), np.float32)})
+        x = images.astype(np.float32) / 127.5 - 1 if images.dtype == np.uint8 else images
+        return self.engine({"x": np.ascontiguousarray(x.transpose(0, 3, 1, 2))})

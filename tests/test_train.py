@@ -213,13 +213,13 @@ def test_ema_is_the_recursion_with_warm_up() -> None:
     ("arguments", "message"),
     [
         ({"steps": None}, "give steps or minutes"),
-        ({"steps": 0}, "steps = 0 is out of range"),
-        ({"minutes": -1.0}, "minutes = -1.0"),
-        ({"batch": 0}, "batch = 0"),
-        ({"learning_rate": math.nan}, "learning_rate = nan"),
-        ({"ema": 1.0}, "ema = 1.0"),
-        ({"null_label": 1.1}, "null_label = 1.1"),
-        ({"precision": "fp8"}, "precision = 'fp8'"),
+        ({"steps": 0}, "steps must be >= 1; got 0"),
+        ({"minutes": -1.0}, "minutes must be > 0; got -1.0"),
+        ({"batch": 0}, "batch must be >= 1; got 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be > 0; got nan"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\); got 1.0"),
+        ({"null_label": 1.1}, "null_label must be in"),
+        ({"precision": "fp8"}, "precision must be auto, bf16 or fp32; got 'fp8'"),
     ],
 )
 def test_bad_options(arguments: dict[str, object], message: str) -> None:

@@ -58,19 +58,19 @@ class TrainOptions:
         if self.steps is None and self.minutes is None:
             raise ConfigError("training has no end: give steps or minutes")
         allowed = {
-            "steps": self.steps is None or self.steps >= 1,
-            "minutes": self.minutes is None or self.minutes > 0,
-            "batch": self.batch >= 1,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "warmup": self.warmup >= 0,
-            "ema": 0 <= self.ema < 1,
-            "clip": self.clip > 0,
-            "null_label": 0 <= self.null_label <= 1,
-            "precision": self.precision in ("auto", "bf16", "fp32"),
+            "steps": (self.steps is None or self.steps >= 1, ">= 1"),
+            "minutes": (self.minutes is None or 0 < self.minutes < math.inf, "> 0"),
+            "batch": (self.batch >= 1, ">= 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "> 0"),
+            "warmup": (self.warmup >= 0, ">= 0"),
+            "ema": (0 <= self.ema < 1, "in [0, 1)"),
+            "clip": (self.clip > 0, "> 0"),
+            "null_label": (0 <= self.null_label <= 1, "in [0, 1]"),
+            "precision": (self.precision in ("auto", "bf16", "fp32"), "auto, bf16 or fp32"),
         }
-        for name, fine in allowed.items():
+        for name, (fine, expected) in allowed.items():
             if not fine:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is out of range; see --help")
+                raise ConfigError(f"{name} must be {expected}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
