@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import numpy as np
@@ -21,8 +22,6 @@ from ddpm_edge.errors import ConfigError, DdpmEdgeError
 from ddpm_edge.files import atomic_write
 from ddpm_edge.runtimes import RUNTIMES
 from ddpm_edge.samplers import SAMPLERS, VARIANCES
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 PLAIN_PROGRESS_SECONDS = 10.0
 
@@ -53,61 +52,68 @@ def main(verbose: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
 
 
-def runtime_options(command: F) -> F:
-    """The options that choose where a bundle runs."""
-    for option in (
-        click.option("--threads", type=int, help="CPU threads of one evaluation.  [default: all]"),
-        click.option("--variant", help="Precision of the network.  [default: fp32]"),
-        click.option("--device", help="cpu, cuda or cuda:N.  [default: the best that works]"),
-        click.option(
-            "--runtime",
-            type=click.Choice(["auto", *RUNTIMES]),
-            default="auto",
-            show_default=True,
-            help="What evaluates the network.",
-        ),
-    ):
-        command = option(command)
-    return command
+def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that choose where a bundle runs; the command gets them as the dict `where`."""
+
+    @click.option(
+        "--runtime",
+        type=click.Choice(["auto", *RUNTIMES]),
+        default="auto",
+        show_default=True,
+        help="What evaluates the network.",
+    )
+    @click.option("--device", help="cpu, cuda or cuda:N.  [default: the best that works]")
+    @click.option("--variant", help="Precision of the network.  [default: fp32]")
+    @click.option("--threads", type=int, help="CPU threads of one evaluation.  [default: all]")
+    @functools.wraps(command)
+    def gathered(
+        runtime: str, device: str | None, variant: str | None, threads: int | None, **others: Any
+    ) -> None:
+        where = {"runtime": runtime, "device": device, "variant": variant, "threads": threads}
+        command(where=where, **others)
+
+    return gathered
 
 
-def plan_options(command: F) -> F:
-    """The options that choose the sampler."""
-    for option in (
-        click.option("--clip", help="Limit of the predicted image, or 'off'.  [default: 1.0]"),
-        click.option(
-            "--variance",
-            type=click.Choice(VARIANCES),
-            help="ddpm: variance of each step.  [default: beta]",
-        ),
-        click.option("--eta", type=float, help="ddim: randomness, 0 to 1.  [default: 0]"),
-        click.option("--steps", type=int, help="Evaluations of the network, 1 to T."),
-        click.option(
-            "--sampler",
-            type=click.Choice(list(SAMPLERS)),
-            help="ddpm is Algorithm 2, all T steps unless --steps.  [default: the bundle's]",
-        ),
-    ):
-        command = option(command)
-    return command
+def plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that choose the sampler; the command gets those given as the dict `plan`."""
+
+    @click.option(
+        "--sampler",
+        type=click.Choice(list(SAMPLERS)),
+        help="ddpm is Algorithm 2, all T steps unless --steps.  [default: the bundle's]",
+    )
+    @click.option("--steps", type=int, help="Evaluations of the network, 1 to T.")
+    @click.option("--eta", type=float, help="ddim: randomness, 0 to 1.  [default: 0]")
+    @click.option(
+        "--variance",
+        type=click.Choice(VARIANCES),
+        help="ddpm: variance of each step.  [default: beta]",
+    )
+    @click.option("--clip", help="Limit of the predicted image, or 'off'.  [default: 1.0]")
+    @functools.wraps(command)
+    def gathered(
+        sampler: str | None,
+        steps: int | None,
+        eta: float | None,
+        variance: str | None,
+        clip: str | None,
+        **others: Any,
+    ) -> None:
+        given = {"sampler": sampler, "steps": steps, "eta": eta, "variance": variance}
+        plan: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if clip is not None:
+            plan["clip"] = None if clip == "off" else _clip_limit(clip)
+        command(plan=plan, **others)
+
+    return gathered
 
 
-def plan_arguments(
-    sampler: str | None,
-    steps: int | None,
-    eta: float | None,
-    variance: str | None,
-    clip: str | None,
-) -> dict[str, Any]:
-    """The plan options that were given, as `Generator.plan` takes them."""
-    given: dict[str, Any] = {"sampler": sampler, "steps": steps, "eta": eta, "variance": variance}
-    arguments = {name: value for name, value in given.items() if value is not None}
-    if clip is not None:
-        try:
-            arguments["clip"] = None if clip == "off" else float(clip)
-        except ValueError as error:
-            raise ConfigError(f"--clip must be a number above 0 or 'off'; got {clip!r}") from error
-    return arguments
+def _clip_limit(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--clip must be a number above 0 or 'off'; got {text!r}") from error
 
 
 @main.command()
@@ -143,12 +149,8 @@ def sample(
     first: int,
     batch: int | None,
     as_json: bool,
-    sampler: str | None,
-    steps: int | None,
-    eta: float | None,
-    variance: str | None,
-    clip: str | None,
-    **where: Any,
+    plan: dict[str, Any],
+    where: dict[str, Any],
 ) -> None:
     """Generate images with BUNDLE (default: the built-in Fashion-MNIST model).
 
@@ -171,7 +173,7 @@ def sample(
                 first=first,
                 batch=batch,
                 callback=show,
-                **plan_arguments(sampler, steps, eta, variance, clip),
+                **plan,
             )
         save(result.images)
     seconds = result.milliseconds / 1e3
@@ -206,11 +208,7 @@ def info(
     bundle: Path | None,
     show_plan: bool,
     as_json: bool,
-    sampler: str | None,
-    steps: int | None,
-    eta: float | None,
-    variance: str | None,
-    clip: str | None,
+    plan: dict[str, Any],
 ) -> None:
     """Show what BUNDLE (default: the built-in Fashion-MNIST model) holds; loads no runtime.
 
@@ -221,10 +219,9 @@ def info(
     if as_json:
         click.echo(json.dumps(manifest.to_dict() | {"files": opened.files}, indent=2))
         return
-    arguments = plan_arguments(sampler, steps, eta, variance, clip)
-    plan = manifest.make_plan(**arguments)
+    chosen = manifest.make_plan(**plan)
     if show_plan:
-        click.echo(plan.table())
+        click.echo(chosen.table())
         return
     channels, height, width = manifest.sample_shape
     size = sum(entry["size"] for entry in opened.files.values())
@@ -236,7 +233,7 @@ def info(
         "schedule": manifest.schedule,
         "prediction": manifest.prediction,
         "variants": ", ".join(manifest.variants),
-        "plan": plan.name,
+        "plan": chosen.name,
         "size": f"{size / 1e6:.1f} MB in {len(opened.files)} files",
         "licence": manifest.licence or "not stated",
         "digest": opened.digest,
@@ -281,11 +278,7 @@ def export(
     name: str | None,
     licence: str,
     gate: str,
-    sampler: str | None,
-    steps: int | None,
-    eta: float | None,
-    variance: str | None,
-    clip: str | None,
+    plan: dict[str, Any],
 ) -> None:
     """Export the averaged weights of the training run RUN as a bundle, if they pass the gate.
 
@@ -296,7 +289,6 @@ def export(
     from ddpm_edge.export import export_run
 
     start = time.perf_counter()
-    given = plan_arguments(sampler, steps, eta, variance, clip)
 
     def report(what: str, difference: float, tolerance: float) -> None:
         mark = "v" if difference <= tolerance else "x"
@@ -309,7 +301,7 @@ def export(
         **({"name": name} if name else {}),
         licence=licence,
         gate=gate,
-        plan=given or None,
+        plan=plan,
         report=report,
     )
     size = sum(entry["size"] for entry in bundle.files.values())
