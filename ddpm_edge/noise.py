@@ -63,7 +63,7 @@ class Draws:
 
     def __init__(self, seed: int, first: int, shape: tuple[int, ...]) -> None:
         self.seed, self.first, self.shape = seed, first, shape
-        self.ahead = max(1, BLOCK // math.prod(shape))
+        self.ahead = max(1, BLOCK // max(1, math.prod(shape)))
         self._block: dict[tuple[Stream, int], Float32] = {}
         self._philox = np.random.Philox(key=0)
 

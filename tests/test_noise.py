@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.noise import MAX_SEED, VERSION, Stream, check_seed, fill, standard_normal
+from ddpm_edge.noise import MAX_SEED, VERSION, Draws, Stream, check_seed, standard_normal
 
 START, STEP = Stream.START, Stream.STEP
 SIGMAS = 4.0  # a threshold in standard errors: 1 in 16,000 by chance, and the seeds are fixed
@@ -112,24 +112,25 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one(count: int) -> None:
 
 
 @pytest.mark.parametrize("cut", [(8,), (1, 7), (3, 3, 2), (1,) * 8])
-def test_fill_does_not_depend_on_the_batch(cut: tuple[int, ...]) -> None:
-    whole = np.empty((8, 3, 5, 2), np.float32)
-    fill(whole, 11, STEP, first=4, row=6)
+def test_draws_do_not_depend_on_the_batch(cut: tuple[int, ...]) -> None:
+    whole = Draws(11, first=4, shape=(8, 3, 5, 2))(STEP, 6)
     parts, first = [], 4
     for size in cut:
-        part = np.full((size, 3, 5, 2), np.nan, np.float32)
-        fill(part, 11, STEP, first, row=6)
-        parts.append(part)
+        parts.append(Draws(11, first, (size, 3, 5, 2))(STEP, 6))
         first += size
     assert np.array_equal(np.concatenate(parts), whole)
 
 
-def test_fill_writes_each_samples_draw_into_any_layout() -> None:
-    out = np.empty((2, 4, 3), np.float32).transpose(1, 0, 2)  # not contiguous
-    fill(out, 5, START, first=7, row=2)
-    for i in range(4):
-        expected = standard_normal(5, START, 7 + i, 2, 6).reshape(2, 3)
-        assert np.array_equal(out[i], expected)
+@pytest.mark.parametrize("shape", [(4, 2, 3), (1, 5), (2, 200, 100)])
+def test_rows_made_ahead_are_those_that_any_order_gives(shape: tuple[int, ...]) -> None:
+    draws = Draws(5, first=7, shape=shape)
+    for stream, row in [(STEP, 0), (STEP, 1), (STEP, 40), (START, 1), (STEP, 0), (STEP, 2**40)]:
+        z = draws(stream, row)
+        assert z.shape == shape
+        assert z.dtype == np.float32
+        for i, sample in enumerate(z):
+            expected = standard_normal(5, stream, 7 + i, row, sample.size)
+            assert np.array_equal(sample.reshape(-1), expected)
 
 
 def test_every_part_of_the_key_matters() -> None:
