@@ -79,7 +79,7 @@ def ddim(schedule: Schedule, steps: int = 50, eta: float = 0.0, clip: float | No
 SAMPLERS: dict[str, Callable[..., Plan]] = {"ddpm": ddpm, "ddim": ddim}
 
 
-def make_plan(schedule: Schedule, sampler: str, **options: Any) -> Plan:
+def make_plan(schedule: Schedule, sampler: str, /, **options: Any) -> Plan:
     """The plan of the sampler called `sampler`.
 
     Raises:

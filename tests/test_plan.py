@@ -1,0 +1,158 @@
+"""The table and the loop: history, rows that do not ask, validation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm_edge import samplers
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.noise import Stream
+from ddpm_edge.plan import Plan, prediction_to_form, run_plan
+from ddpm_edge.schedule import Schedule
+
+
+def plan(n: int = 4, history: int = 1, **changes: Any) -> Plan:
+    """A table of plain numbers, not a sampler that anybody should use."""
+    i = np.arange(n, dtype=np.float64)
+    b = 0.1 + i[:, None] * 0.01 + np.arange(history + 1) * 0.2
+    b[0, 1:] = 0.0
+    usual: dict[str, Any] = {
+        "name": "test", "form": "eps", "t": np.arange(n, 0, -1), "signal": np.full(n, 0.6),
+        "noise": np.full(n, 0.8), "a": 0.9 - 0.1 * i, "b": b, "s": np.where(i < n - 1, 0.3, 0.0),
+    }  # fmt: skip
+    return Plan(**(usual | changes))
+
+
+def network(x: np.ndarray, t: int) -> np.ndarray:
+    return np.sin(x) + t
+
+
+def draw(stream: Stream, row: int) -> np.ndarray:
+    return np.full((2, 3), 10.0 * stream + row)
+
+
+def by_hand(p: Plan, x: np.ndarray) -> list[np.ndarray]:
+    """The definition, one row at a time, nothing reused."""
+    answers: list[np.ndarray] = []
+    states = []
+    for i in range(len(p)):
+        if p.restart[i]:
+            answers = []
+        if p.evaluate[i]:
+            answers.append(network(x, int(p.t[i])))
+        x = p.a[i] * x + p.s[i] * draw(Stream(int(p.stream[i])), int(p.row[i]))
+        for k in range(min(p.b.shape[1], len(answers))):
+            x = x + p.b[i, k] * answers[-1 - k]
+        states.append(x)
+    return states
+
+
+BLANK = np.zeros((4, 2))
+PLANS = {
+    "no history": plan(history=0),
+    "history": plan(history=1),
+    "long history": plan(6, 2, b=np.tril(np.full((6, 3), 0.2))),
+    "rows that do not ask": plan(
+        5, 1, evaluate=np.array([True, True, False, True, False]), b=np.full((5, 2), 0.1)
+        * np.array([[1, 0], [1, 1], [1, 1], [0, 1], [0, 0]])
+    ),
+    "restart": plan(
+        4, 1, restart=np.array([True, False, True, False]),
+        b=np.array([[0.1, 0.0], [0.1, 0.2], [0.3, 0.0], [0.1, 0.2]]),
+    ),
+    "streams and rows": plan(
+        stream=np.array([0, 1, 0, 1]), row=np.array([7, 8, 9, 3]), s=np.full(4, 0.5)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("p", PLANS.values(), ids=PLANS)
+def test_the_loop_is_the_definition(p: Plan) -> None:
+    x = np.linspace(-1, 1, 6).reshape(2, 3)
+    states = [(s.x.copy(), s.index, s.t) for s in run_plan(p, x.copy(), network, draw)]
+    expected = by_hand(p, x)
+    assert [index for _, index, _ in states] == list(range(len(p)))
+    assert [t for _, _, t in states] == p.t.tolist()
+    for (got, _, _), want in zip(states, expected, strict=True):
+        assert np.abs(got - want).max() < 1e-13  # float64 sums in another order
+
+
+def test_float32_stays_float32() -> None:
+    x = np.zeros((2, 3), np.float32)
+    for state in run_plan(
+        plan(), x, lambda x, t: x + np.float32(t), lambda s, r: x + np.float32(1)
+    ):
+        assert state.x.dtype == state.m.dtype == np.float32
+        assert state.x0().dtype == np.float32
+
+
+@pytest.mark.parametrize("form", ["eps", "x0"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_every_prediction_in_every_form(prediction: str, form: str) -> None:
+    signal, noise, x0, eps = 0.6, 0.8, 0.5, -1.5
+    x = signal * x0 + noise * eps
+    answer = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[prediction]
+    from_x, from_answer = prediction_to_form(prediction, form, signal, noise)
+    assert from_x * x + from_answer * answer == pytest.approx({"eps": eps, "x0": x0}[form])
+
+
+@pytest.mark.filterwarnings("ignore::ddpm_edge.schedule.ScheduleWarning")
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_x0_of_a_state(clip: float | None) -> None:
+    schedule = Schedule.linear(10, 0.1, 0.5)
+    for p in (samplers.ddpm(schedule, clip=clip), samplers.ddim(schedule, 5, clip=clip)):
+        x = np.full((1, 2), 0.4)
+        before = x.copy()
+        for state in run_plan(p, x.copy(), lambda x, t: x / 3, lambda s, r: np.ones((1, 2))):
+            i = state.index
+            x0 = (before - p.noise[i] * before / 3) / p.signal[i]
+            expected = x0 if clip is None else np.clip(x0, -clip, clip)
+            assert np.abs(state.x0() - expected).max() < 1e-12
+            before = state.x.copy()
+
+
+def test_tail_draws_and_moves_as_the_whole() -> None:
+    whole = samplers.ddpm(Schedule.linear(), clip=1.0)
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((1000, 2, 3))
+    states = [
+        s.x.copy() for s in run_plan(whole, rng.standard_normal((2, 3)), lambda x, t: np.tanh(x),
+                                     lambda stream, row: z[row])
+    ]  # fmt: skip
+    part = whole.tail(50)
+    assert part.t.tolist() == list(range(50, 0, -1))
+    *_, last = run_plan(part, states[949].copy(), lambda x, t: np.tanh(x), lambda s, row: z[row])
+    assert (last.x == states[-1]).all()
+    with pytest.raises(ConfigError, match="has history and cannot be entered"):
+        plan().tail(2)
+
+
+def test_evaluations_and_table() -> None:
+    p = PLANS["rows that do not ask"]
+    assert (len(p), p.evaluations) == (5, 3)
+    lines = p.table().splitlines()
+    assert len(lines) == 7
+    assert lines[2].split()[:2] == ["0", "5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "score"}, "form 'score'"),
+        ({"clip": 1.0}, "clip needs x0"),
+        ({"a": np.ones(3)}, "same length"),
+        ({"b": np.ones(4)}, "same length"),
+        ({"s": np.array([1.0, np.nan, 0.0, 0.0])}, "must be finite"),
+        ({"a": np.full(4, np.inf)}, "must be finite"),
+        ({"b": np.ones((4, 2))}, "row 0 uses an answer that was never asked"),
+        ({"restart": np.array([True, False, True, False])}, "row 2 uses an answer"),
+        ({"evaluate": np.array([True, False, True, True])}, "row 1 uses an answer"),
+    ],
+)
+def test_tables_that_cannot_run(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(plan(), **changes)
