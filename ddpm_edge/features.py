@@ -19,15 +19,14 @@ class Judged(NamedTuple):
     """What the network says of N images."""
 
     features: Float32  # (N, D)
-    logits: Float32  # (N, classes); their softmax are the classes' probabilities
+    logits: Float32  # (N, classes); their softmax is the classes' probabilities
 
 
 class FeatureNetwork:
     """An ONNX model with input x float32 (B, C, H, W) in [-1, 1], outputs features and logits.
 
     Args:
-        model: an .onnx file, or its bytes.
-        device, threads: as for `open_engine`; the runtime is always ONNX Runtime.
+        model, device, threads: as for `open_engine`; the runtime is always ONNX Runtime.
 
     Raises:
         EngineError: the model cannot be loaded, or has other inputs or outputs.
@@ -50,8 +49,7 @@ class FeatureNetwork:
         """Judge images (N, H, W, C), N >= 1, uint8 or float32 in [-1, 1], `batch` at a time.
 
         Raises:
-            ConfigError: images of another dtype, range or number of dimensions.
-            EngineError: H, W or C is not what the model takes, or it is closed.
+            ConfigError, EngineError: another dtype or range; a shape the model does not take.
         """
         if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or not len(images):
             raise ConfigError(f"images must be {IMAGES}; got {images.dtype} {images.shape}")

@@ -16,7 +16,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONT
 
 def commands() -> list[list[str]]:
     text = "\n".join(page.read_text() for page in PAGES)
-    return [line.split()[1:] for line in re.findall(r"^    (ddpm-edge [^\n]*)$", text, re.MULTILINE)]
+    return [
+        line.split()[1:] for line in re.findall(r"^    (ddpm-edge [^\n]*)$", text, re.MULTILINE)
+    ]
 
 
 def test_the_readme_is_short_and_complete() -> None:
