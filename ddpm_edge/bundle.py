@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from ddpm_edge import noise
 from ddpm_edge.errors import BundleError, ConfigError
-from ddpm_edge.files import sync_directory, temporary_name, write_bytes
+from ddpm_edge.files import check_writable, sync_directory, temporary_name, write_bytes
 from ddpm_edge.plan import PREDICTIONS, Plan
 from ddpm_edge.samplers import make_plan
 from ddpm_edge.schedule import Schedule
@@ -246,13 +246,14 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
 
 
 def check_target(path: Path) -> None:
-    """Raise BundleError if writing a bundle to `path` would destroy something else."""
+    """Raise BundleError if a bundle at `path` would destroy something else; OSError if it cannot be."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise BundleError(f"{path} is not a directory; a bundle is one: give another path")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
         raise BundleError(
             f"{path} exists and is not a bundle (it has no {MANIFEST}); give another path"
         )
+    check_writable(path.parent)
 
 
 def _replace_directory(new: Path, path: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import logging
-import os
+import shlex
 import sys
 import time
 import warnings
@@ -19,7 +19,7 @@ import numpy as np
 
 from ddpm_edge import Bundle, Generator, Step, __version__, save_grid, save_image
 from ddpm_edge.errors import ConfigError, DdpmEdgeError
-from ddpm_edge.files import atomic_write
+from ddpm_edge.files import atomic_write, check_writable
 from ddpm_edge.runtimes import RUNTIMES
 from ddpm_edge.samplers import SAMPLERS, VARIANCES
 
@@ -195,8 +195,7 @@ def sample(
         f"{result.plan.name}, {result.variant}, {result.runtime}: {seconds:.2f} s, "
         f"{seconds / len(result.images):.3f} s an image"
     )
-    again = "" if bundle is None else f" {bundle}"
-    click.echo(f"Next: ddpm-edge info{again}")
+    click.echo(f"Next: {command_line('info', *([bundle] if bundle else []))}")
 
 
 @main.command()
@@ -246,6 +245,11 @@ def info(
     for name, value in rows.items():
         text = " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
         click.echo(f"{name:<{width}}  {text}")
+
+
+def command_line(*words: object) -> str:
+    """A command line to copy, quoted where the shell needs it."""
+    return shlex.join(["ddpm-edge", *(str(word) for word in words)])
 
 
 def parity_text(max_abs_error: float, tolerance: float) -> str:
@@ -307,8 +311,8 @@ def export(
     size = sum(entry["size"] for entry in bundle.files.values())
     click.echo(
         f"{output}: {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s\n"
-        f"Next: ddpm-edge sample {output} -n 16 -o samples.png\n"
-        f"      ddpm-edge info {output}"
+        f"Next: {command_line('sample', output, '-n', 16, '-o', 'samples.png')}\n"
+        f"      {command_line('info', output)}"
     )
 
 
@@ -345,6 +349,7 @@ def export(
 @click.option("-T", "--timesteps", type=int, default=1000, show_default=True, help="T.")
 @click.option("--beta-1", type=float, help="First beta.  [default: 1e-4]")
 @click.option("--beta-T", "beta_t", type=float, help="Last beta.  [default: 0.02]")
+@click.option("--beta", type=float, help="constant: every beta.  [default: 0.01]")
 @click.option(
     "--precision",
     type=click.Choice(["auto", "bf16", "fp32"]),
@@ -368,6 +373,7 @@ def train(
     timesteps: int,
     beta_1: float | None,
     beta_t: float | None,
+    beta: float | None,
     precision: str,
     device: str,
 ) -> None:
@@ -392,7 +398,7 @@ def train(
         precision=precision,
         device=device,
     )
-    betas = {"beta_1": beta_1, "beta_T": beta_t}
+    betas = {"beta_1": beta_1, "beta_T": beta_t, "beta": beta}
     given = {name: value for name, value in betas.items() if value is not None}
     forward = Schedule.from_dict({"rule": schedule, "T": timesteps} | given)
     images = load(data)
@@ -402,7 +408,8 @@ def train(
         f"{len(images.class_names) or 'no'} labels; preset {preset}; {forward}"
     )
     step, loss = None, None
-    training = record(output, images, config, forward, options, preset)
+    typed = command_line(*sys.argv[1:])
+    training = record(output, images, config, forward, options, preset, typed)
     with Progress("train") as progress, contextlib.suppress(KeyboardInterrupt):
         for step in training:
             if step.step % 10 == 0:  # reading the loss waits for the device
@@ -418,7 +425,7 @@ def train(
     click.echo(
         f"{output}: {state} after {step.step} steps, {step.images} images, "
         f"{step.seconds / 60:.1f} min\n"
-        f"Next: ddpm-edge export {output} -o {output.name}-bundle"
+        f"Next: {command_line('export', output, '-o', f'{output.name}-bundle')}"
     )
 
 
@@ -434,11 +441,9 @@ def saver(output: Path) -> Callable[[Any], None]:
         )
     if folder.exists() and not folder.is_dir():
         raise click.ClickException(f"cannot write to {output}: {folder} is a file")
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not single and not folder.exists():
         raise click.ClickException(f"cannot write {output}: there is no directory {folder}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise click.ClickException(f"cannot write {output}: no permission to write in {existing}")
+    check_writable(folder)
 
     def save(images: Any) -> None:
         if single:

@@ -53,6 +53,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(directory: Path) -> None:
+    """Raise PermissionError unless files can be made in `directory`, or it can be made itself.
+
+    Meant for the start of long work; writing may still fail later.
+    """
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write in {existing}; give another path")
+
+
 def temporary_name(path: Path) -> Path:
     """A new hidden name beside `path`, on the same file system."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"

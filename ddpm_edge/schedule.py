@@ -7,6 +7,7 @@ numbers are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models".
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -169,9 +170,15 @@ class Schedule:
         make = RULES.get(rule) if isinstance(rule, str) else None
         if make is None:
             raise ScheduleError(f"unknown schedule rule {rule!r}; known: {', '.join(RULES)}")
+        known = inspect.signature(make).parameters
+        for name in arguments:
+            if name not in known:
+                raise ScheduleError(
+                    f"schedule rule {rule!r} has no {name}; it has {', '.join(known)}"
+                )
         try:
             return make(**arguments)
-        except TypeError as error:
+        except TypeError as error:  # a value of another type
             raise ScheduleError(f"schedule {definition!r}: {error}") from error
 
     def __repr__(self) -> str:

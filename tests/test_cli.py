@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ddpm_edge import Generator, cli
+from ddpm_edge import Generator, files
 from ddpm_edge.cli import main
 
 QUICK = ["--steps", "2", "--seed", "5"]
@@ -113,7 +113,7 @@ def test_errors(
 
 
 def test_unwritable_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.os, "access", lambda *_: False)  # CI may run as root
+    monkeypatch.setattr(files.os, "access", lambda *_: False)  # CI may run as root
     for output in (tmp_path / "a.png", tmp_path / "new" / "dir"):
         result = run("sample", "-o", output)
         assert result.exit_code == 1

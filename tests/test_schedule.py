@@ -149,7 +149,12 @@ def test_betas_outside_0_1(bad: float) -> None:
         (lambda: Schedule.geometric(10, 0.0, 0.1), "beta_1 and beta_T must be above 0"),
         (lambda: Schedule.from_dict({"rule": "mine"}), "unknown schedule rule 'mine'; known: lin"),
         (lambda: Schedule.from_dict({"rule": ["linear"]}), "unknown schedule rule"),
-        (lambda: Schedule.from_dict({"rule": "cosine", "beta_1": 0.1}), "beta_1"),
+        (
+            lambda: Schedule.from_dict({"rule": "cosine", "beta_1": 0.1}),
+            "'cosine' has no beta_1; it has T, s, max",
+        ),
+        (lambda: Schedule.from_dict({"rule": "linear", "beta_1": "x"}), "'beta_1': 'x'"),
+        (lambda: Schedule.from_dict({"rule": "betas"}), "betas"),
         (lambda: RULES[0].q_sample(np.zeros(1), 1001, np.zeros(1)), r"in 0..1000; got 1001"),
         (lambda: RULES[0].q_sample(np.zeros(1), 1.0, np.zeros(1)), r"in 0..1000; got 1.0"),
         (lambda: RULES[0].posterior_variance(0), r"in 1..1000; got 0"),

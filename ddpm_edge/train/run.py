@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
@@ -73,11 +71,24 @@ def record(
     schedule: Schedule,
     options: TrainOptions,
     preset: str,
+    command: str = "called from Python",
 ) -> Generator[TrainStep, None, None]:
     """Train a new network into `directory`, which must be new or empty; yields every step.
 
     The checkpoint is written every two minutes and when the iteration ends, however it ends; a
     grid of samples of the averaged weights ten times and at the end.
+
+    Args:
+        directory: the run.
+        data: what to train on.
+        config: of the network.
+        schedule: the forward process.
+        options: how to train.
+        preset: name of the network's preset, for the record.
+        command: what was typed, for the record.
+
+    Raises:
+        RunError: `directory` is not empty.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RunError(f"{directory} exists and is not empty; give a new directory")
@@ -100,7 +111,7 @@ def record(
         "prediction": "eps",
         "timestep_offset": TIMESTEP_OFFSET,
         "options": asdict(options),
-        "command": shlex.join(["ddpm-edge", *sys.argv[1:]]),
+        "command": command,
         "hardware": hardware(device, resolve_precision(options.precision, device)),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
