@@ -246,7 +246,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
 
 
 def check_target(path: Path) -> None:
-    """Raise BundleError if a bundle at `path` would destroy something else; OSError if it cannot be."""
+    """Refuse a path where a bundle would destroy something else, or cannot be written."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise BundleError(f"{path} is not a directory; a bundle is one: give another path")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
