@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_edge import noise
+from ddpm_edge import checks, noise
 from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ClosedError, ConfigError, ForkError
@@ -172,7 +172,7 @@ class Generator:
 
     def warmup(self, n: int = 1) -> None:
         """Evaluate the network once for n samples, so that the first image is not slower."""
-        x = np.zeros((_count("n", n), *self.sample_shape), np.float32)
+        x = np.zeros((checks.whole("n", n), *self.sample_shape), np.float32)
         self._open()(x, 1, None)
 
     def sample(self, n: int = 1, **arguments: Any) -> Array:
@@ -281,12 +281,12 @@ class Generator:
     ) -> _Request:
         """The checked form of a call's arguments."""
         self._open()
-        n = _count("n", n)
+        n = checks.whole("n", n)
         labels = self._labels(label, n)
         if guidance is not None:
             if labels is None or label is None:
                 raise ConfigError("guidance needs a label; give label=, or leave guidance out")
-            if isinstance(guidance, bool) or not np.isfinite(guidance):
+            if not np.isfinite(checks.number("guidance", guidance)):
                 raise ConfigError(f"guidance must be a finite number; got {guidance!r}")
         return _Request(
             n=n,
@@ -294,8 +294,8 @@ class Generator:
             guidance=None if guidance == 1.0 else guidance,
             plan=self.plan(sampler, steps, **options),
             seed=noise.check_seed(seed),
-            first=_count("first", first, least=0),
-            batch=_count("batch", batch),
+            first=checks.whole("first", first, least=0),
+            batch=checks.whole("batch", batch),
         )
 
     def _labels(self, label: Label | Sequence[Label], n: int) -> Labels:
@@ -365,12 +365,6 @@ class _Request:
             x=state.x.copy(),
             x0=state.x0(),
         )
-
-
-def _count(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ConfigError(f"{name} must be a whole number >= {least}; got {value!r}")
-    return int(value)
 
 
 def _label_number(value: Label, names: tuple[str, ...]) -> int:

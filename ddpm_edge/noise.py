@@ -6,7 +6,7 @@ counter-based generator whose raw output NumPy keeps stable. NumPy's own normal 
 stable, so the transform (Box and Muller 1958, in float64, rounded to float32) is ours.
 
     Philox key     (seed, stream)
-    Philox counter (block, row, sample, 0), block = 0, 1, ... of four words each
+    Philox counter (block, row, sample, 0), block = 1, 2, ... of four words each
     words          in pairs (u, v): radius sqrt(-2 ln u), angle 2 pi v -> radius cos, radius sin
 """
 

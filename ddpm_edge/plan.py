@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Bool, Float64, Int64
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.noise import Stream
@@ -36,7 +37,7 @@ class Plan:
         a: coefficient of x; float64 (N,).
         b: coefficients of this row's m and those before it; float64 (N, history + 1).
         s: coefficient of the row's normal draw; float64 (N,), 0 = no draw.
-        evaluate: whether the row asks the network; bool (N,).
+        evaluate: whether the row asks the network (if not, m stays); bool (N,).
         restart: whether earlier m are forgotten before the row; bool (N,).
         stream: the noise stream of the row's draw; int64 (N,).
         row: the row's number for its draw: a part of a plan draws as the whole does; int64 (N,).
@@ -70,8 +71,16 @@ class Plan:
                 object.__setattr__(self, name, value)
         if self.form not in FORMS or (self.clip is not None and self.form != "x0"):
             raise ConfigError(f"a plan of form {self.form!r} with clip={self.clip}: clip needs x0")
+        if self.clip is not None and not (np.isfinite(self.clip) and self.clip > 0):
+            raise ConfigError(f"clip must be a number above 0 or None; got {self.clip!r}")
         if n < 1 or any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
             raise ConfigError(f"plan {self.name}: all columns must have the same length >= 1")
+        asks_first = self.evaluate[self.restart].all() and self.evaluate[0]
+        if not (asks_first and self.b.shape[1] and (self.evaluate.all() or self.form == "x0")):
+            raise ConfigError(
+                f"plan {self.name}: the first row and every restart must ask the network, b needs "
+                "a column, and rows that do not ask need form 'x0'"
+            )
         if not all(np.isfinite(array).all() for array in self._arrays().values()):
             raise ConfigError(f"plan {self.name}: every coefficient must be finite")
         asked = np.cumsum(self.evaluate)
@@ -101,6 +110,8 @@ class Plan:
         """The last rows of a plan without history; they draw the noise that they always do."""
         if self.b.shape[1] > 1:
             raise ConfigError(f"plan {self.name} has history and cannot be entered in its middle")
+        if checks.whole("rows", rows) > len(self):
+            raise ConfigError(f"rows must be in 1..{len(self)}; got {rows}")
         part: dict[str, Any] = {name: array[-rows:] for name, array in self._arrays().items()}
         return replace(self, name=f"{self.name}.tail({rows})", **part)
 
@@ -162,6 +173,8 @@ def prediction_to_form(
     From x = signal x0 + noise eps and v = signal eps - noise x0 (Salimans and Ho 2022, with
     signal^2 + noise^2 = 1).
     """
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
     if prediction == form:
         return 0.0, 1.0
     if prediction == "v":

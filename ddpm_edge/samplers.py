@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_edge import checks
 from ddpm_edge.arrays import Float64, Int64
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
@@ -60,7 +61,7 @@ def ddim(schedule: Schedule, steps: int = 50, eta: float = 0.0, clip: float | No
         eta: 0 = deterministic .. 1 = as random as Algorithm 2 with beta-tilde.
         clip: clip x0 to [-clip, clip], with eps recomputed from it; None = not.
     """
-    if not 0.0 <= eta <= 1.0:
+    if not 0.0 <= checks.number("eta", eta) <= 1.0:
         raise ConfigError(f"eta must be in 0..1; got {eta!r}")
     t, s = spaced(schedule, steps)
     ab_t, ab_s = schedule.alpha_bar[t], schedule.alpha_bar[s]
@@ -102,9 +103,7 @@ def spaced(schedule: Schedule, steps: int) -> tuple[Int64, Int64]:
     The first is T, where the prior is; the last leads to 0. Trailing spacing is what Lin et al.
     2024 ("Common diffusion noise schedules and sample steps are flawed") recommend.
     """
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
-        raise ConfigError(f"steps must be a whole number; got {steps!r}")
-    if not 1 <= steps <= schedule.T:
+    if checks.whole("steps", steps) > schedule.T:
         raise ConfigError(
             f"steps must be in 1..{schedule.T}, the timesteps the model was trained with; "
             f"got {steps}"
@@ -128,12 +127,10 @@ def _plan(
     b: Float64,
     sigma: Float64,
 ) -> Plan:
-    if clip is not None and not (np.isfinite(clip) and clip > 0):
-        raise ConfigError(f"clip must be a number above 0 or None; got {clip!r}")
     return Plan(
         name=name,
         form="eps" if clip is None else "x0",
-        clip=clip,
+        clip=None if clip is None else checks.number("clip", clip),
         t=t.astype(np.int64),
         signal=schedule.signal[t],
         noise=schedule.noise[t],

@@ -7,6 +7,7 @@ numbers are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models".
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Float64, Int64
 from ddpm_edge.errors import ScheduleError
 
@@ -38,12 +40,16 @@ class Schedule:
     """
 
     def __init__(self, betas: ArrayLike, definition: dict[str, Any] | None = None) -> None:
-        values = np.array(betas, dtype=np.float64)
+        try:
+            values = np.array(betas, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"betas must be numbers; {error}") from error
         if values.ndim != 1 or values.size < 1:
             raise ScheduleError(
                 f"betas must be a list of T >= 1 numbers; got an array of shape {values.shape}"
             )
-        wrong = ~((values > 0) & (values < 1))  # true for NaN as well
+        # 1 - beta < 1: a beta below float64's resolution adds no noise. NaN is wrong as well.
+        wrong = ~((values > 0) & (values < 1) & (1.0 - values < 1.0))
         if wrong.any():
             t = int(np.argmax(wrong)) + 1
             raise ScheduleError(
@@ -82,23 +88,22 @@ class Schedule:
     @classmethod
     def linear(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
         """Let beta rise linearly from beta_1 to beta_T (Ho et al. 2020, section 4)."""
-        betas = np.linspace(beta_1, beta_T, _count(T))
+        T, beta_1, beta_T = _arguments(T, beta_1=beta_1, beta_T=beta_T)
+        betas = np.linspace(beta_1, beta_T, T)
         return cls(betas, {"rule": "linear", "T": T, "beta_1": beta_1, "beta_T": beta_T})
 
     @classmethod
     def geometric(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
         """Let beta rise by a constant factor: beta_1 (beta_T / beta_1)^((t-1)/(T-1))."""
-        if not (beta_1 > 0 and beta_T > 0):
-            raise ScheduleError(
-                f"beta_1 and beta_T must be above 0; got beta_1={beta_1}, beta_T={beta_T}"
-            )
-        betas = beta_1 * (beta_T / beta_1) ** np.linspace(0.0, 1.0, _count(T))
+        T, beta_1, beta_T = _arguments(T, beta_1=beta_1, beta_T=beta_T)
+        betas = beta_1 * (beta_T / beta_1) ** np.linspace(0.0, 1.0, T)
         return cls(betas, {"rule": "geometric", "T": T, "beta_1": beta_1, "beta_T": beta_T})
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """Let alpha_bar follow cos^2 (Nichol and Dhariwal 2021, Eq 17), beta <= max_beta."""
-        angle = (np.arange(_count(T) + 1) / T + s) / (1 + s) * np.pi / 2
+        T, s, max_beta = _arguments(T, s=s, max_beta=max_beta)
+        angle = (np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2
         f = np.cos(angle) ** 2
         betas = np.minimum(1.0 - f[1:] / f[:-1], max_beta)
         return cls(betas, {"rule": "cosine", "T": T, "s": s, "max_beta": max_beta})
@@ -106,14 +111,16 @@ class Schedule:
     @classmethod
     def sigmoid(cls, T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
         """Let beta follow a logistic curve over [-6, 6] (as diffusers' "sigmoid" defines it)."""
-        rise = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, _count(T))))
+        T, beta_1, beta_T = _arguments(T, beta_1=beta_1, beta_T=beta_T)
+        rise = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, T)))
         betas = rise * (beta_T - beta_1) + beta_1
         return cls(betas, {"rule": "sigmoid", "T": T, "beta_1": beta_1, "beta_T": beta_T})
 
     @classmethod
     def constant(cls, T: int = 1000, beta: float = 0.01) -> Schedule:
         """The same beta at every step."""
-        return cls(np.full(_count(T), beta), {"rule": "constant", "T": T, "beta": beta})
+        T, beta = _arguments(T, beta=beta)
+        return cls(np.full(T, beta), {"rule": "constant", "T": T, "beta": beta})
 
     @classmethod
     def from_betas(cls, betas: ArrayLike) -> Schedule:
@@ -160,11 +167,13 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready definition; `from_dict` of it is an equal schedule."""
-        return dict(self._definition)
+        return copy.deepcopy(self._definition)
 
     @classmethod
     def from_dict(cls, definition: dict[str, Any]) -> Schedule:
         """The schedule that `to_dict` described."""
+        if not isinstance(definition, dict):
+            raise ScheduleError(f"a schedule's definition must be a dict; got {definition!r}")
         arguments = dict(definition)
         rule = arguments.pop("rule", None)
         make = RULES.get(rule) if isinstance(rule, str) else None
@@ -176,10 +185,9 @@ class Schedule:
                 raise ScheduleError(
                     f"schedule rule {rule!r} has no {name}; it has {', '.join(known)}"
                 )
-        try:
-            return make(**arguments)
-        except TypeError as error:  # a value of another type
-            raise ScheduleError(f"schedule {definition!r}: {error}") from error
+        if rule == "betas" and "betas" not in arguments:
+            raise ScheduleError("schedule rule 'betas' needs its list of betas")
+        return make(**arguments)
 
     def __repr__(self) -> str:
         details = ", ".join(
@@ -198,13 +206,20 @@ RULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def _count(T: int) -> int:
-    if isinstance(T, bool) or not isinstance(T, (int, np.integer)) or T < 1:
-        raise ScheduleError(f"T must be a whole number >= 1; got {T!r}")
-    return int(T)
+def _arguments(T: int, **numbers: float) -> tuple[Any, ...]:
+    """T as int and the others as float64: a float32 beta would lose digits."""
+    values: list[float] = [checks.whole("T", T, error=ScheduleError)]
+    for name, given in numbers.items():
+        value = checks.number(name, given, ScheduleError)
+        if "beta" in name and not 0.0 < value < 1.0:
+            raise ScheduleError(f"{name} must be finite and strictly between 0 and 1; got {value}")
+        values.append(value)
+    return tuple(values)
 
 
 def _like(coefficient: Float64, x: Array) -> Array:
     """A coefficient, or one a sample, as x's dtype and broadcastable over x (B, ...)."""
+    if x.dtype.kind != "f":
+        raise ScheduleError(f"samples must be floating-point arrays; got {x.dtype}")
     array: Array = np.asarray(coefficient).astype(x.dtype)
     return array.reshape(array.shape + (1,) * (x.ndim - array.ndim))

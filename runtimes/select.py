@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ddpm_edge.errors import ConfigError, RuntimeUnavailableError
+from ddpm_edge import checks
+from ddpm_edge.errors import RuntimeUnavailableError
 from ddpm_edge.runtimes import onnx_runtime
 from ddpm_edge.runtimes.base import Engine
 
@@ -37,8 +38,8 @@ def open_engine(
         RuntimeUnavailableError: what was asked for by name, or anything at all, is not there.
         EngineError: the model cannot be loaded.
     """
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ConfigError(f"threads must be a whole number >= 1 or None; got {threads!r}")
+    if threads is not None:
+        threads = checks.whole("threads", threads)
     if runtime != "auto" and runtime not in RUNTIMES:
         raise RuntimeUnavailableError(
             f"unknown runtime {runtime!r}; runtimes are auto, {', '.join(RUNTIMES)}"

@@ -80,7 +80,11 @@ def test_info() -> None:
     ("arguments", "code", "message"),
     [
         (["sample", "-n", "0", "-o", "a.png"], 2, "n must be a whole number >= 1; got 0"),
-        (["sample", "--steps", "-3", "-o", "a.png"], 2, "steps must be in 1..1000"),
+        (
+            ["sample", "--steps", "-3", "-o", "a.png"],
+            2,
+            "steps must be a whole number >= 1; got -3",
+        ),
         (["sample", "--steps", "2000", "-o", "a.png"], 2, "got 2000"),
         (["sample", "--sampler", "euler", "-o", "a.png"], 2, "'euler' is not one of 'ddpm'"),
         (["sample", "--seed", "1.5", "-o", "a.png"], 2, "'1.5' is not a valid integer"),

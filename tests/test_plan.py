@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +58,7 @@ PLANS = {
     "history": plan(history=1),
     "long history": plan(6, 2, b=np.tril(np.full((6, 3), 0.2))),
     "rows that do not ask": plan(
-        5, 1, evaluate=np.array([True, True, False, True, False]), b=np.full((5, 2), 0.1)
+        5, 1, form="x0", evaluate=np.array([True, True, False, True, False]), b=np.full((5, 2), 0.1)
         * np.array([[1, 0], [1, 1], [1, 1], [0, 1], [0, 0]])
     ),
     "restart": plan(
@@ -73,7 +74,7 @@ PLANS = {
 @pytest.mark.parametrize("p", PLANS.values(), ids=PLANS)
 def test_the_loop_is_the_definition(p: Plan) -> None:
     x = np.linspace(-1, 1, 6).reshape(2, 3)
-    states = [(s.x.copy(), s.index, s.t) for s in run_plan(p, x.copy(), network, draw)]
+    states = [(s.x.copy(), s.index, s.t) for s in run_plan(p, x.copy(), network, draw, p.form)]
     expected = by_hand(p, x)
     assert [index for _, index, _ in states] == list(range(len(p)))
     assert [t for _, _, t in states] == p.t.tolist()
@@ -129,6 +130,14 @@ def test_tail_draws_and_moves_as_the_whole() -> None:
     assert (last.x == states[-1]).all()
     with pytest.raises(ConfigError, match="has history and cannot be entered"):
         plan().tail(2)
+    for rows in (0, -1, 1.5, 1001):
+        with pytest.raises(ConfigError, match=f"got {rows}"):
+            whole.tail(rows)  # type: ignore[arg-type]
+
+
+def test_unknown_prediction() -> None:
+    with pytest.raises(ConfigError, match="prediction must be one of eps, x0, v; got 'score'"):
+        next(run_plan(plan(), np.zeros((2, 3)), network, draw, "score"))
 
 
 def test_evaluations_and_table() -> None:
@@ -148,11 +157,38 @@ def test_evaluations_and_table() -> None:
         ({"b": np.ones(4)}, "same length"),
         ({"s": np.array([1.0, np.nan, 0.0, 0.0])}, "must be finite"),
         ({"a": np.full(4, np.inf)}, "must be finite"),
+        ({"b": np.ones((4, 0))}, "b needs a column"),
+        ({"form": "x0", "clip": np.nan}, "clip must be a number above 0 or None; got nan"),
         ({"b": np.ones((4, 2))}, "row 0 uses an answer that was never asked"),
         ({"restart": np.array([True, False, True, False])}, "row 2 uses an answer"),
-        ({"evaluate": np.array([True, False, True, True])}, "row 1 uses an answer"),
+        ({"evaluate": np.array([True, False, True, True])}, "do not ask need form 'x0'"),
+        ({"form": "x0", "evaluate": np.array([True, False, True, True])}, "row 1 uses an answer"),
+        ({"form": "x0", "evaluate": np.arange(4) > 0}, "the first row .* must ask"),
     ],
 )
 def test_tables_that_cannot_run(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(plan(), **changes)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_x0_is_the_callers_own(clip: float | None) -> None:
+    plan = samplers.ddim(Schedule.linear(), 5, clip=clip)
+    x0, *later = (s.x0() for s in run_plan(plan, np.ones((1, 2)), lambda x, t: x / 3, lambda *_: 0))
+    before = x0.copy()
+    x0_again, *_ = later
+    assert np.array_equal(x0, before)
+    assert not np.shares_memory(x0, x0_again)
+
+
+def test_the_loop_allocates_no_array_a_step() -> None:
+    x, answer = np.ones((4, 65536), np.float32), np.zeros((4, 65536), np.float32)
+    plan = samplers.ddpm(Schedule.linear(), 50, clip=1.0)
+    states = run_plan(plan, x, lambda x, t: answer, lambda stream, row: answer, "x0")
+    next(states)
+    tracemalloc.start()
+    for _ in states:
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < x.nbytes / 10  # Python's own numbers and tuples; one array would be ten times it

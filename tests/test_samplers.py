@@ -308,6 +308,14 @@ def test_spacing_is_trailing_and_never_repeats() -> None:
     assert spaced(Schedule.linear(), 4)[0].tolist() == [1000, 750, 500, 250]
 
 
+@pytest.mark.parametrize("steps", [3, 7, 37, 600, 999])
+def test_steps_that_do_not_divide_t_are_spread_over_all_of_it(steps: int) -> None:
+    t, s = spaced(Schedule.linear(), steps)
+    gaps = t - s
+    assert gaps.sum() == 1000
+    assert gaps.max() - gaps.min() <= 1
+
+
 def test_spacing_is_diffusers_trailing() -> None:
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
@@ -323,12 +331,12 @@ def test_spacing_is_diffusers_trailing() -> None:
         ("euler", {}, "unknown sampler 'euler'; samplers are ddpm, ddim"),
         ("ddpm", {"eta": 0.5}, "has no option 'eta'; its options are steps, variance, clip"),
         ("ddim", {"schedule": 1}, "has no option 'schedule'"),
-        ("ddim", {"steps": 0}, r"steps must be in 1..10, .*; got 0"),
+        ("ddim", {"steps": 0}, "steps must be a whole number >= 1; got 0"),
         ("ddpm", {"steps": 11}, "got 11"),
         ("ddpm", {"steps": -1}, "got -1"),
-        ("ddim", {"steps": True}, "steps must be a whole number; got True"),
-        ("ddim", {"steps": 2.0}, "steps must be a whole number; got 2.0"),
-        ("ddim", {"steps": None}, "steps must be a whole number; got None"),
+        ("ddim", {"steps": True}, "steps must be a whole number >= 1; got True"),
+        ("ddim", {"steps": 2.0}, "steps must be a whole number >= 1; got 2.0"),
+        ("ddim", {"steps": None}, "steps must be a whole number >= 1; got None"),
         ("ddim", {"eta": 1.1, "steps": 5}, r"eta must be in 0..1; got 1.1"),
         ("ddim", {"eta": math.nan, "steps": 5}, "got nan"),
         (
@@ -338,6 +346,9 @@ def test_spacing_is_diffusers_trailing() -> None:
         ),
         ("ddpm", {"clip": 0.0}, "clip must be a number above 0 or None; got 0.0"),
         ("ddpm", {"clip": math.inf}, "got inf"),
+        ("ddpm", {"clip": True}, "clip must be a number; got True"),
+        ("ddpm", {"clip": "1"}, "clip must be a number; got '1'"),
+        ("ddim", {"eta": "1", "steps": 5}, "eta must be a number; got '1'"),
     ],
 )
 def test_bad_options(sampler: str, options: dict[str, object], message: str) -> None:
