@@ -1,0 +1,46 @@
+"""The command line: a thin caller of the public Python surface, one file a command."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import click
+
+from ddpm_edge import __version__
+from ddpm_edge.cli.export import export
+from ddpm_edge.cli.info import info
+from ddpm_edge.cli.sample import sample
+from ddpm_edge.cli.train import train
+from ddpm_edge.errors import ConfigError, DdpmEdgeError
+
+
+class Commands(click.Group):
+    """Turns the package's errors into messages and exit codes: 1 the work failed, 2 wrong use."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except (DdpmEdgeError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ddpm-edge")
+@click.option("-v", "--verbose", is_flag=True, help="Log what the library does to stderr.")
+def main(verbose: bool) -> None:
+    """Train a DDPM in PyTorch, export it, and sample it on the device without PyTorch.
+
+    Try it with the built-in model:  ddpm-edge sample -n 16 -o garments.png
+    """
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("ddpm_edge").setLevel(logging.INFO if verbose else logging.WARNING)
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+
+
+for command in (train, export, sample, info):
+    main.add_command(command)

@@ -1,0 +1,62 @@
+"""`ddpm-edge info`: what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddpm_edge import Bundle
+from ddpm_edge.cli.options import plan_options
+from ddpm_edge.cli.output import parity_text
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--plan", "show_plan", is_flag=True, help="Print the table of the plan.")
+@click.option("--json", "as_json", is_flag=True, help="Print bundle.json.")
+@plan_options
+def info(
+    bundle: Path | None,
+    show_plan: bool,
+    as_json: bool,
+    plan: dict[str, Any],
+) -> None:
+    """Show what BUNDLE (default: the built-in Fashion-MNIST model) holds; loads no runtime.
+
+    Example:  ddpm-edge info --plan --sampler ddim --steps 10
+    """
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    if as_json:
+        click.echo(json.dumps(manifest.to_dict() | {"files": opened.files}, indent=2))
+        return
+    chosen = manifest.make_plan(**plan)
+    if show_plan:
+        click.echo(chosen.table())
+        return
+    channels, height, width = manifest.sample_shape
+    size = sum(entry["size"] for entry in opened.files.values())
+    rows = {
+        "bundle": opened.path,
+        "name": manifest.name,
+        "images": f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}",
+        "labels": ", ".join(manifest.class_names) or "none",
+        "schedule": manifest.schedule,
+        "prediction": manifest.prediction,
+        "variants": ", ".join(manifest.variants),
+        "plan": chosen.name,
+        "size": f"{size / 1e6:.1f} MB in {len(opened.files)} files",
+        "licence": manifest.licence or "not stated",
+        "digest": opened.digest,
+    }
+    rows |= {f"trained: {key}": value for key, value in manifest.training.items()}
+    for variant, entry in manifest.variants.items():
+        for what, figure in entry.get("parity", {}).items():
+            rows[f"{variant}: {what}"] = parity_text(**figure)
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        text = " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+        click.echo(f"{name:<{width}}  {text}")

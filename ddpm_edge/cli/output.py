@@ -1,0 +1,52 @@
+"""What commands print: progress, figures, lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from typing import Any
+
+import click
+
+PLAIN_PROGRESS_SECONDS = 10.0
+
+
+def command_line(*words: object) -> str:
+    """A command line to copy, quoted where the shell needs it."""
+    return shlex.join(["ddpm-edge", *(str(word) for word in words)])
+
+
+def parity_text(max_abs_error: float, tolerance: float) -> str:
+    """A figure of the parity gate for people."""
+    return f"max abs error {max_abs_error:.1e} (tolerance {tolerance:.0e})"
+
+
+class Progress:
+    """A bar on a terminal, a plain line every ten seconds elsewhere; on stderr."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+            self.bar = tqdm(total=1.0, desc=self.what, bar_format=layout, leave=False)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, fraction: float, note: str) -> None:
+        """Show that `fraction` (0..1) is done."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(fraction - self.bar.n)
+        elif time.monotonic() - self.said >= PLAIN_PROGRESS_SECONDS:
+            self.said = time.monotonic()
+            click.echo(f"{self.what}: {100 * fraction:.0f} %, {note}", err=True)

@@ -1,0 +1,129 @@
+"""`ddpm-edge sample`: images from a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ddpm_edge import Generator, Step, save_grid, save_image
+from ddpm_edge.cli.options import plan_options, runtime_options
+from ddpm_edge.cli.output import Progress, command_line
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.files import atomic_write, check_writable
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("-n", "count", type=int, default=16, show_default=True, help="Number of images.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="NAME.png: one grid. NAME.npy: uint8 (n, H, W, C). A directory: single PNGs.",
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    help="Class, by number or name; repeat for several, dealt out in turn.  [default: none]",
+)
+@click.option("--guidance", type=float, help="Scale of guidance towards the label; 1 = none.")
+@click.option("--seed", type=int, help="0 to 2**64 - 1.  [default: a fresh one, printed]")
+@click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
+@click.option("--batch", type=int, help="Images in one evaluation.  [default: 16]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@plan_options
+@runtime_options
+def sample(
+    bundle: Path | None,
+    count: int,
+    output: Path,
+    labels: tuple[str, ...],
+    guidance: float | None,
+    seed: int | None,
+    first: int,
+    batch: int | None,
+    as_json: bool,
+    plan: dict[str, Any],
+    where: dict[str, Any],
+) -> None:
+    """Generate images with BUNDLE (default: the built-in Fashion-MNIST model).
+
+    Example:  ddpm-edge sample -n 10 --label sneaker --label bag --seed 1 -o out.png
+    """
+    save = saver(output)
+    with Generator.load(bundle, **where) as generator:
+        numbers = [int(label) if label.isdecimal() else label for label in labels]
+        dealt = [numbers[i % len(numbers)] for i in range(count)] if numbers else None
+        with Progress("samples") as progress:
+
+            def show(step: Step) -> None:
+                progress.update((step.index + 1) / step.total, f"t = {step.t}")
+
+            result = generator.run(
+                count,
+                label=dealt,
+                guidance=guidance,
+                seed=seed,
+                first=first,
+                batch=batch,
+                callback=show,
+                **plan,
+            )
+        save(result.images)
+    seconds = result.milliseconds / 1e3
+    if as_json:
+        report = {
+            "output": str(output),
+            "images": len(result.images),
+            "seed": result.seed,
+            "plan": result.plan.name,
+            "evaluations": result.plan.evaluations,
+            "runtime": result.runtime,
+            "variant": result.variant,
+            "seconds": round(seconds, 3),
+        }
+        click.echo(json.dumps(report))
+        return
+    click.echo(
+        f"{output}: {len(result.images)} images, seed {result.seed}\n"
+        f"{result.plan.name}, {result.variant}, {result.runtime}: {seconds:.2f} s, "
+        f"{seconds / len(result.images):.3f} s an image"
+    )
+    click.echo(f"Next: {command_line('info', *([bundle] if bundle else []))}")
+
+
+def saver(output: Path) -> Callable[[Any], None]:
+    """How to save images to `output`; what cannot be written is refused before any work is done."""
+    suffix = output.suffix.lower()
+    single = not suffix or output.is_dir()
+    folder = output if single else output.parent
+    if suffix not in ("", ".png", ".npy") and not single:
+        raise ConfigError(
+            f"cannot write {output}: end the name in .png (one grid) or .npy (an array), or give a "
+            "directory (single PNGs)"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise click.ClickException(f"cannot write to {output}: {folder} is a file")
+    if not single and not folder.exists():
+        raise click.ClickException(f"cannot write {output}: there is no directory {folder}")
+    check_writable(folder)
+
+    def save(images: Any) -> None:
+        if single:
+            output.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(images):
+                save_image(image, output / f"{i:05d}.png")
+        elif suffix == ".npy":
+            with atomic_write(output) as file:
+                np.save(file, images)
+        else:
+            save_grid(images, output)
+
+    return save
