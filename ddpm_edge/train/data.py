@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ddpm_edge.arrays import Array, Int64, UInt8
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import DataError
+from ddpm_edge.train.dataset import Dataset, select, split
+
+__all__ = ["Dataset", "load", "select", "split"]
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_PATH = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
@@ -18,29 +20,6 @@ FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle-boot",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Images for training.
-
-    Attributes:
-        name: where they came from.
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,) in 0..classes-1, or None.
-        class_names: one name a label, or empty.
-    """
-
-    name: str
-    images: UInt8
-    labels: Int64 | None = None
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        _, channels, height, width = self.images.shape
-        return channels, height, width
 
 
 def load(source: str, split: str = "train") -> Dataset:
