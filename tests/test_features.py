@@ -162,7 +162,7 @@ def test_training_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
     np.savez(source, images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4))
     result = CliRunner().invoke(main, ["--data", str(source), "-o", str(target)])
     assert result.exit_code == 1
-    assert "no labelled test images; give a folder of IDX files" in result.output
+    assert "has no test images; give a folder of IDX files" in result.output
     assert not target.exists()
 
 

@@ -1,18 +1,17 @@
-"""Training data: uint8 images and, where there are any, labels."""
+"""Reading training data: uint8 images and, where there are any, labels."""
 
 from __future__ import annotations
 
-import gzip
-import zipfile
+import re
 from pathlib import Path
 
-import numpy as np
-
-from ddpm_edge.arrays import Array
-from ddpm_edge.errors import DataError
+from ddpm_edge.errors import ConfigError, DataError
+from ddpm_edge.train.array_files import holds_idx, read_idx, read_npy, read_npz
 from ddpm_edge.train.dataset import Dataset, select, split
+from ddpm_edge.train.image_folder import read_folder
+from ddpm_edge.train.reading import SPLITS, Progress, Reading, height_width, one_of
 
-__all__ = ["Dataset", "load", "select", "split"]
+__all__ = ["Dataset", "load", "parse_size", "select", "split"]
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_PATH = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
@@ -20,105 +19,102 @@ FASHION_MNIST_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat",
     "sandal", "shirt", "sneaker", "bag", "ankle-boot",
 )  # fmt: skip
+ARRAY_READERS = {".npz": read_npz, ".npy": read_npy}
 
 
-def load(source: str, split: str = "train") -> Dataset:
+def load(
+    source: str | Path,
+    split: str = "train",
+    *,
+    size: tuple[int, int] | int | None = None,
+    fit: str = "crop",
+    labels: str = "auto",
+    progress: Progress | None = None,
+) -> Dataset:
     """Read a data set.
 
+    A folder of images is read with its sub-folders, sorted by the paths inside it: files that end
+    in .png .jpg .jpeg .bmp .webp .tif .tiff or .gif, of which the first picture counts; hidden and
+    other files are passed over. The images are gray (C = 1) if every file is gray (Pillow's modes
+    1 and L), else RGB. EXIF's orientation is applied, transparency is laid on white, colour
+    profiles are ignored, and more than 8 bits a channel are refused: how to cut them down to 8
+    depends on what they mean.
+
     Args:
-        source: "fashion-mnist" (the Debian package's files), a folder that holds the same four IDX
-            files, or an .npz file with `images` uint8 (N, H, W) or (N, H, W, C) and, optionally,
-            `labels` (N,) and `class_names`.
-        split: "train" or "test", for IDX files.
+        source: one of
+            - "fashion-mnist": the Debian package's files,
+            - a folder of images, or one that holds four IDX files as Fashion-MNIST's,
+            - an .npz file with `images` uint8 (N, H, W) or (N, H, W, C), C = 1 or 3, and,
+              optionally, `labels` (N,) and `class_names`,
+            - an .npy file of such images.
+        split: "train" or "test"; only IDX files have test images. See also the function `split`.
+        size: (H, W), or one number for both, that every image is brought to. None: as they are,
+            all of one size.
+        fit: what happens to images of another size than `size`.
+            - "crop": scaled to cover it, and the middle cut out,
+            - "pad": scaled to lie inside it, in the middle of white, because transparency is laid
+              on white too: what is not there then looks the same in every image,
+            - "resize": stretched.
+        labels: "auto", labels where the data have them: `labels` of an .npz, IDX labels, or the
+            sub-folders of `source` that the images are in, sorted by name; "folders", such
+            sub-folders must be there; "none", no labels.
+        progress: called now and then with (fraction done, note).
 
     Raises:
-        DataError: nothing there, or not images as described.
+        DataError: nothing there, no permission, not images as described, files that are damaged or
+            cannot be used (all of them are named), images of several sizes without `size`, images
+            beside class folders, labels that are all the same, or more than fits into memory.
+        ConfigError: `split`, `size`, `fit` or `labels` has a value that it cannot have.
     """
-    if source == FASHION_MNIST:
+    one_of("split", split, SPLITS)
+    reading = Reading(height_width(size), fit, labels, progress)
+    try:
+        return _load(source, split, reading)
+    except PermissionError as error:
+        raise DataError(
+            f"no permission to read {error.filename or source}; change its permissions, or give a "
+            "copy"
+        ) from error
+    except OSError as error:  # links in a circle, a disk that fails, ...
+        raise DataError(f"{source} cannot be read: {error}") from error
+
+
+def _load(source: str | Path, split: str, reading: Reading) -> Dataset:
+    path = Path(source)
+    if str(source) == FASHION_MNIST:
         if not FASHION_MNIST_PATH.is_dir():
             raise DataError(
                 f"Fashion-MNIST is not at {FASHION_MNIST_PATH}: install it with "
                 "`apt-get install dataset-fashion-mnist`, or give the folder that holds its four "
                 "*-ubyte.gz files instead of the name"
             )
-        return _load_idx(FASHION_MNIST_PATH, split, FASHION_MNIST_CLASSES)
-    path = Path(source)
-    if path.is_dir():
+        return read_idx(FASHION_MNIST_PATH, split, FASHION_MNIST_CLASSES, reading)
+    if path.is_dir() and holds_idx(path):
         names = FASHION_MNIST_CLASSES if "fashion" in path.name.lower() else ()
-        return _load_idx(path, split, names)
-    if path.suffix == ".npz" and path.is_file():
-        return _load_npz(path)
-    raise DataError(
-        f"no data at {source!r}: expected the name {FASHION_MNIST!r}, a folder of IDX files or an "
-        ".npz file"
-    )
-
-
-def _load_idx(folder: Path, split: str, class_names: tuple[str, ...]) -> Dataset:
-    prefix = {"train": "train", "test": "t10k"}[split]
-    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
-    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
-    return _checked(str(folder.name), images, labels, class_names)
-
-
-def _read_idx(folder: Path, stem: str, dimensions: int) -> Array:
-    """An IDX file of unsigned bytes, gzipped or not (the format of LeCun's MNIST page)."""
-    found = [p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()]
-    if not found:
-        raise DataError(f"{folder} has no {stem}.gz or {stem}; it must hold the four IDX files")
-    path = found[0]
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} is damaged: {error}; copy it again") from error
-    head = 4 + 4 * dimensions
-    shape = tuple(np.frombuffer(data[4:head], ">u4").tolist())
-    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != head + int(np.prod(shape)):
+        return read_idx(path, split, names, reading)
+    read = read_folder if path.is_dir() else ARRAY_READERS.get(path.suffix.lower())
+    if read is None or not path.exists():
+        what = "that file is none of these" if path.exists() else "nothing is there"
         raise DataError(
-            f"{path} is not an IDX file of unsigned bytes with {dimensions} dimensions, or it is "
-            f"cut short ({len(data)} bytes); copy it again"
+            f"no data at {str(source)!r}: expected the name {FASHION_MNIST!r}, a folder of images "
+            f"or of IDX files, or an .npz or .npy file; {what}"
         )
-    return np.frombuffer(bytearray(data), np.uint8, offset=head).reshape(shape)
+    if split != "train":
+        raise DataError(f"{source} has no test images; give a folder of IDX files")
+    return read(path, reading)
 
 
-def _load_npz(path: Path) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as .npz: {error}") from error
-    if "images" not in arrays:
-        raise DataError(f"{path} has no array `images`; it holds {sorted(arrays) or 'nothing'}")
-    names = tuple(str(name) for name in arrays.get("class_names", ()))
-    return _checked(path.stem, arrays["images"], arrays.get("labels"), names)
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) of "64" (both) or "48x64" (height x width).
 
-
-def _checked(
-    name: str, images: Array, labels: Array | None, class_names: tuple[str, ...]
-) -> Dataset:
-    if images.dtype != np.uint8:
-        raise DataError(f"{name}: images must be uint8 in 0..255; got {images.dtype}")
-    if images.ndim == 3:
-        images = images[..., None]  # (N, H, W, 1)
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise DataError(
-            f"{name}: images must be (N, H, W), (N, H, W, 1) or (N, H, W, 3) with N >= 1; got "
-            f"{images.shape}"
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text.strip().lower())
+    if match is None:
+        raise ConfigError(
+            f"a size (--size) must be a number of pixels >= 1, as 64, or height x width, as 48x64; "
+            f"got {text!r}"
         )
-    if labels is not None:
-        if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min() < 0:
-            raise DataError(
-                f"{name}: labels must be {len(images)} whole numbers >= 0, one an image; got "
-                f"{labels.dtype} {labels.shape}"
-            )
-        count = max(int(labels.max()) + 1, len(class_names))
-        class_names = class_names or tuple(str(i) for i in range(count))
-        if len(class_names) != count:
-            raise DataError(f"{name}: {len(class_names)} class names for {count} labels")
-        labels = labels.astype(np.int64)
-    return Dataset(
-        name=name,
-        images=np.ascontiguousarray(images.transpose(0, 3, 1, 2)),  # (N, C, H, W)
-        labels=labels,
-        class_names=class_names if labels is not None else (),
-    )
+    height, width = match[1], match[2] or match[1]
+    return int(height), int(width)

@@ -130,8 +130,8 @@ def main(data: str, epochs: int, seed: int, device: str, output: str) -> None:
 
     try:
         training, test = load(data, "train"), load(data, "test")
-        if training.labels is None or test.labels is None or data.endswith(".npz"):
-            raise DataError(f"{data} has no labelled test images; give a folder of IDX files")
+        if training.labels is None or test.labels is None:
+            raise DataError(f"{data} has no labels; give a folder of IDX files")
         torch.manual_seed(seed)
         channels, height, width = training.sample_shape
         model = Classifier(channels, len(training.class_names)).to(resolve_device(device))
