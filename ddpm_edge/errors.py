@@ -23,8 +23,16 @@ class RunError(DdpmEdgeError, ValueError):
     """A directory that is not a training run, or a run that cannot be used."""
 
 
+class TrainingError(DdpmEdgeError, RuntimeError):
+    """Training that cannot go on: out of memory, or a loss that is not a number."""
+
+
 class BundleError(DdpmEdgeError, ValueError):
     """A bundle that is missing, incomplete, changed or not understood."""
+
+
+class ExportError(DdpmEdgeError, ValueError):
+    """A network that cannot be exported as it is."""
 
 
 class ParityError(DdpmEdgeError, RuntimeError):

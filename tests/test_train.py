@@ -17,10 +17,13 @@ from ddpm_edge.schedule import Schedule
 from ddpm_edge.train import run as runs
 from ddpm_edge.train import trainer
 from ddpm_edge.train.data import Dataset
+from ddpm_edge.train.draws import Draws, batches
 from ddpm_edge.train.torch_engine import TorchEngine
-from ddpm_edge.train.trainer import EMA, Algorithm1, TrainOptions, train
+from ddpm_edge.train.trainer import EMA, Algorithm1, Training, TrainOptions, train
 from ddpm_edge.train.unet import PRESETS, UNet, UNetConfig
+from ddpm_edge.train.workers import Workers, resolve_device
 
+CPU = Workers(torch.device("cpu"))
 OPTIONS = TrainOptions(steps=4, batch=4, warmup=2, precision="fp32", device="cpu")
 
 
@@ -134,20 +137,22 @@ class Recorder(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-def test_loss_is_the_error_of_the_predicted_noise() -> None:
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_loss_is_the_error_of_what_is_predicted(prediction: str) -> None:
     schedule = Schedule.linear()
     model, x0 = Recorder(), torch.full((512, 1, 2, 2), 0.5)
-    torch.manual_seed(0)
-    loss = Algorithm1(schedule, 0.25, torch.device("cpu")).loss(
-        model, x0, torch.zeros(512, dtype=torch.int64), null=3
-    )
+    objective = Algorithm1(schedule, prediction, 0.25, 3, torch.device("cpu"))
+    label = torch.zeros(512, dtype=torch.int64)
+    loss = objective.loss(model, x0, label, Draws(512, CPU, 0))
     x_t, t, label = (a.numpy() for a in model.asked)
     assert t.min() >= 0  # what the network is fed counts from 0
     assert t.max() <= 999
     assert len(np.unique(t)) > 350  # of 512 uniform draws from 1000, 400 differ on average
     signal, noise = schedule.signal[t + 1], schedule.noise[t + 1]
     eps = (x_t - signal[:, None, None, None] * 0.5) / noise[:, None, None, None]  # Eq 4 solved
-    assert float(loss) == pytest.approx(float((eps**2).mean()), rel=1e-5)
+    v = signal[:, None, None, None] * eps - noise[:, None, None, None] * 0.5
+    target = {"eps": eps, "x0": np.full_like(eps, 0.5), "v": v}[prediction]  # the answer is 0
+    assert float(loss) == pytest.approx(float((target**2).mean()), rel=1e-5)
     assert abs(eps.mean()) < 4 / math.sqrt(eps.size)  # 4 standard errors
     assert abs((label == 3).mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 512)
     assert set(label) == {0, 3}
@@ -157,7 +162,7 @@ def test_training_learns() -> None:
     data = squares()
     model = tiny(data)
     options = replace(OPTIONS, steps=150, batch=32, warmup=10, learning_rate=1e-2)
-    losses = [float(step.loss) for step in train(model, data, Schedule.linear(), options)]
+    losses = [float(step.loss) for step in train(Training(model), data, Schedule.linear(), options)]
     assert len(losses) == 150
     assert losses[0] == pytest.approx(1.0, abs=0.2)  # it starts by answering 0 to unit noise
     assert np.mean(losses[-20:]) < 0.4
@@ -167,7 +172,7 @@ def test_the_same_seed_trains_the_same_weights() -> None:
     data, finals = squares(), []
     for _ in range(2):
         model = tiny(data)
-        for _ in train(model, data, Schedule.linear(), OPTIONS):
+        for _ in train(Training(model), data, Schedule.linear(), OPTIONS):
             pass
         finals.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert (finals[0] == finals[1]).all()
@@ -176,18 +181,70 @@ def test_the_same_seed_trains_the_same_weights() -> None:
 def test_minutes_end_training() -> None:
     data = squares()
     options = replace(OPTIONS, steps=None, minutes=0.01)  # 0.6 s
-    steps = list(train(tiny(data), data, Schedule.linear(), options))
+    steps = list(train(Training(tiny(data)), data, Schedule.linear(), options))
     assert steps[-1].fraction == 1.0
     assert steps[-1].seconds >= 0.6
     assert all(step.fraction < 1.0 for step in steps[:-1])
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
-    stream = trainer.batches(10, 3, torch.device("cpu"))
+    stream = batches(10, 3, CPU, seed=0, done=0)
     epochs = [torch.cat([next(stream) for _ in range(3)]).tolist() for _ in range(2)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert len(next(trainer.batches(2, 64, torch.device("cpu")))) == 2  # fewer images than a batch
+
+
+def test_batches_go_on_where_they_were_left() -> None:
+    stream = batches(10, 3, CPU, seed=5, done=0)
+    whole = [next(stream).tolist() for _ in range(12)]
+    for done in range(12):
+        assert next(batches(10, 3, CPU, seed=5, done=done)).tolist() == whole[done]
+
+
+def test_processes_share_out_what_one_would_draw() -> None:
+    whole = [next(batches(20, 6, CPU, 1, 0)), Draws(6, CPU, 1).normal(torch.Size((6, 2)))]
+    parts = []
+    for index in range(2):
+        one = Workers(torch.device("cpu"), index, 2)
+        draws = Draws(3, one, 1).normal(torch.Size((3, 2)))
+        parts.append([next(batches(20, 3, one, 1, 0)), draws])
+    for i in range(2):
+        assert (torch.cat([part[i] for part in parts]) == whole[i]).all()
+
+
+def test_fewer_images_than_a_batch() -> None:
+    data = squares(6)
+    seen = [step.images for step in train(Training(tiny(data)), data, Schedule.linear(), OPTIONS)]
+    assert seen == [4, 8, 12, 16]
+    few = replace(OPTIONS, batch=64)
+    seen = [step.images for step in train(Training(tiny(data)), data, Schedule.linear(), few)]
+    assert seen == [6, 12, 18, 24]
+    with pytest.raises(ConfigError, match="6 images are too few for 7 processes"):
+        next(train(Training(tiny(data)), data, Schedule.linear(), few,
+                   Workers(torch.device("cpu"), 0, 7)))  # fmt: skip
+
+
+def test_flip_mirrors_half_of_the_images() -> None:
+    data = squares(64, classes=0)
+    data = replace(data, images=np.tile(np.arange(8, dtype=np.uint8), (64, 1, 8, 1)))
+    options = replace(OPTIONS, batch=64, steps=8, flip=True, prediction="x0")
+    seen: list[bool] = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, x: object, t: object) -> object:
+            return x * self.weight.sum()
+
+    def spy(self: Algorithm1, model: object, x0: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.extend((x0[:, 0, 0, 0] > x0[:, 0, 0, 7]).tolist())
+        return model(x0, None).mean()
+
+    original, Algorithm1.loss = Algorithm1.loss, spy
+    try:
+        list(train(Training(Spy(1, 1)), data, Schedule.linear(), options))
+    finally:
+        Algorithm1.loss = original
+    assert len(seen) == 512
+    assert abs(np.mean(seen) - 0.5) < 4 * 0.5 / math.sqrt(512)  # 4 standard errors
 
 
 def test_learning_rate() -> None:
@@ -219,6 +276,7 @@ def test_ema_is_the_recursion_with_warm_up() -> None:
         ({"learning_rate": math.nan}, "learning_rate must be > 0; got nan"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\); got 1.0"),
         ({"null_label": 1.1}, "null_label must be in"),
+        ({"prediction": "score"}, "prediction must be eps, x0, v; got 'score'"),
         ({"precision": "fp8"}, "precision must be auto, bf16 or fp32; got 'fp8'"),
     ],
 )
@@ -228,12 +286,12 @@ def test_bad_options(arguments: dict[str, object], message: str) -> None:
 
 
 def test_devices() -> None:
-    assert trainer.resolve_device("cpu").type == "cpu"
+    assert resolve_device("cpu").type == "cpu"
     with pytest.raises(ConfigError, match="no device 'warp'"):
-        trainer.resolve_device("warp")
+        resolve_device("warp")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch sees no GPU"):
-            trainer.resolve_device("cuda")
+            resolve_device("cuda")
 
 
 # Runs
@@ -243,7 +301,7 @@ def test_devices() -> None:
 def test_a_run_on_disk(tmp_path: Path, classes: int) -> None:
     data = squares(classes=classes)
     config = UNetConfig.preset("tiny", data.sample_shape, classes)
-    steps = list(runs.record(tmp_path / "run", data, config, Schedule.cosine(20), OPTIONS, "tiny"))
+    steps = list(runs.record(tmp_path / "run", data, config, Schedule.cosine(20), OPTIONS))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "samples",
     ]  # fmt: skip
@@ -262,7 +320,7 @@ def test_an_interrupted_run_keeps_its_checkpoint(tmp_path: Path) -> None:
     data = squares()
     config = UNetConfig.preset("tiny", data.sample_shape, 2)
     options = replace(OPTIONS, steps=1000)
-    training = runs.record(tmp_path / "run", data, config, Schedule.cosine(20), options, "tiny")
+    training = runs.record(tmp_path / "run", data, config, Schedule.cosine(20), options)
     next(training)
     next(training)
     training.close()
@@ -274,10 +332,16 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
     config = UNetConfig.preset("tiny", data.sample_shape, 2)
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(RunError, match="exists and is not empty; give a new directory"):
-        next(runs.record(tmp_path, data, config, Schedule.cosine(20), OPTIONS, "tiny"))
+        next(runs.record(tmp_path, data, config, Schedule.cosine(20), OPTIONS))
     with pytest.raises(RunError, match="is not a training run: it has no config.json"):
         runs.load_run(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="config.json is damaged: KeyError: 'format'"):
+        runs.load_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 0}')
+    with pytest.raises(RunError, match="run format 0, this version reads 1"):
+        runs.load_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 1}')
     with pytest.raises(RunError, match="has no checkpoints/last.safetensors yet"):
         runs.load_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()

@@ -11,6 +11,7 @@ import click
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.runtimes import RUNTIMES
 from ddpm_edge.samplers import SAMPLERS, VARIANCES
+from ddpm_edge.schedule import RULES, Schedule
 
 
 def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,6 +69,47 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         command(plan=plan, **others)
 
     return gathered
+
+
+def schedule_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that define the forward process; the command gets the Schedule as `forward`."""
+
+    @click.option(
+        "--schedule",
+        "rule",
+        type=click.Choice([rule for rule in RULES if rule != "betas"]),
+        default="linear",
+        show_default=True,
+        help="Rule of beta_1..beta_T.",
+    )
+    @click.option("-T", "--timesteps", type=int, default=1000, show_default=True, help="T.")
+    @click.option("--beta-1", type=float, help="First beta.  [default: 1e-4]")
+    @click.option("--beta-T", "beta_t", type=float, help="Last beta.  [default: 0.02]")
+    @click.option("--beta", type=float, help="constant: every beta.  [default: 0.01]")
+    @functools.wraps(command)
+    def gathered(
+        rule: str,
+        timesteps: int,
+        beta_1: float | None,
+        beta_t: float | None,
+        beta: float | None,
+        **others: Any,
+    ) -> None:
+        betas = {"beta_1": beta_1, "beta_T": beta_t, "beta": beta}
+        given = {name: value for name, value in betas.items() if value is not None}
+        command(forward=Schedule.from_dict({"rule": rule, "T": timesteps} | given), **others)
+
+    return gathered
+
+
+def given_options(ctx: click.Context) -> dict[str, str]:
+    """The options that were typed: parameter name -> how the option is spelled."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    return {
+        parameter.name: parameter.opts[-1]
+        for parameter in ctx.command.params
+        if parameter.name and ctx.get_parameter_source(parameter.name) is typed
+    }
 
 
 def _clip_limit(text: str) -> float:

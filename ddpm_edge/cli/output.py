@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ddpm_edge.reference import Comparison
+
 PLAIN_PROGRESS_SECONDS = 10.0
 
 
@@ -17,21 +19,21 @@ def command_line(*words: object) -> str:
     return shlex.join(["ddpm-edge", *(str(word) for word in words)])
 
 
-def parity_text(max_abs_error: float, tolerance: float) -> str:
-    """A figure of the parity gate for people."""
-    return f"max abs error {max_abs_error:.1e} (tolerance {tolerance:.0e})"
+def show_comparison(comparison: Comparison) -> None:
+    """Print a figure beside its tolerance, and whether it is within."""
+    click.echo(f"-[{'v' if comparison.passed else 'x'}] {comparison}")
 
 
 class Progress:
     """A bar on a terminal, a plain line every ten seconds elsewhere; on stderr."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, speak: bool = True) -> None:
+        self.what, self.speak = what, speak
         self.said = time.monotonic()
 
     def __enter__(self) -> Progress:
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if self.speak and sys.stderr.isatty():
             from tqdm import tqdm
 
             layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -47,6 +49,6 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(fraction - self.bar.n)
-        elif time.monotonic() - self.said >= PLAIN_PROGRESS_SECONDS:
+        elif self.speak and time.monotonic() - self.said >= PLAIN_PROGRESS_SECONDS:
             self.said = time.monotonic()
             click.echo(f"{self.what}: {100 * fraction:.0f} %, {note}", err=True)

@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from ddpm_edge.cli.options import given_options, schedule_options
 from ddpm_edge.cli.output import Progress, command_line
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.plan import PREDICTIONS
+from ddpm_edge.schedule import Schedule
+
+RESUME_OPTIONS = {"output", "resume", "data", "steps", "minutes", "device"}
 
 
 @click.command()
 @click.option(
     "--data",
-    required=True,
-    help="'fashion-mnist', a folder with its four IDX files, or an .npz with images and labels.",
+    help="A folder of images, an .npz or .npy of uint8 images, a folder of IDX files, or "
+    "'fashion-mnist'.",
 )
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="New directory."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Directory of the run: new, or with --resume the one to go on with.",
+)
+@click.option("--size", help="Pixels to bring every image to: 64, or 48x64 (height x width).")
+@click.option(
+    "--fit",
+    type=click.Choice(["crop", "pad", "resize"]),
+    default="crop",
+    show_default=True,
+    help="How --size does it: cut the edges, add edges, or stretch.",
+)
+@click.option(
+    "--labels",
+    type=click.Choice(["auto", "folders", "none"]),
+    default="auto",
+    show_default=True,
+    help="Where labels come from: auto takes those that the data have.",
+)
+@click.option("--flip", is_flag=True, help="Mirror half of the images, anew at each step.")
+@click.option(
+    "--val",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Share of the images to hold out and measure the loss on, such as 0.1.",
 )
 @click.option(
     "--preset",
@@ -27,24 +63,30 @@ from ddpm_edge.cli.output import Progress, command_line
     show_default=True,
     help="Size of the U-Net.",
 )
-@click.option("--minutes", type=float, help="Train this long.")
-@click.option("--steps", type=int, help="Train this many optimiser steps.")
-@click.option("--batch", type=int, default=128, show_default=True, help="Images a step.")
+@click.option("--model", help="A network of your own instead: package.module:function.")
+@click.option(
+    "--init-from",
+    type=click.Path(path_type=Path),
+    help="A run or a .safetensors file whose weights to begin with, where they fit.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in -o, exactly where it stopped.")
+@click.option("--minutes", type=float, help="Train this long, altogether.")
+@click.option("--steps", type=int, help="Train this many optimiser steps, altogether.")
+@click.option(
+    "--batch", type=int, default=128, show_default=True, help="Images a step and process."
+)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
 @click.option("--warmup", type=int, default=500, show_default=True, help="Steps up to the peak.")
 @click.option("--ema", type=float, default=0.9995, show_default=True, help="Decay of the average.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option(
-    "--schedule",
-    type=click.Choice(["linear", "geometric", "cosine", "sigmoid", "constant"]),
-    default="linear",
+    "--prediction",
+    type=click.Choice(PREDICTIONS),
+    default="eps",
     show_default=True,
-    help="Rule of beta_1..beta_T.",
+    help="What the network learns to answer.",
 )
-@click.option("-T", "--timesteps", type=int, default=1000, show_default=True, help="T.")
-@click.option("--beta-1", type=float, help="First beta.  [default: 1e-4]")
-@click.option("--beta-T", "beta_t", type=float, help="Last beta.  [default: 0.02]")
-@click.option("--beta", type=float, help="constant: every beta.  [default: 0.01]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@schedule_options
 @click.option(
     "--precision",
     type=click.Choice(["auto", "bf16", "fp32"]),
@@ -53,59 +95,21 @@ from ddpm_edge.cli.output import Progress, command_line
     help="auto is bf16 where the device computes in it.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def train(
-    data: str,
-    output: Path,
-    preset: str,
-    minutes: float | None,
-    steps: int | None,
-    batch: int,
-    lr: float,
-    warmup: int,
-    ema: float,
-    seed: int,
-    schedule: str,
-    timesteps: int,
-    beta_1: float | None,
-    beta_t: float | None,
-    beta: float | None,
-    precision: str,
-    device: str,
-) -> None:
+@click.pass_context
+def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, **o: Any) -> None:
     """Train a U-Net by Algorithm 1 and write a run: config, metrics, samples, checkpoints.
 
-    Example:  ddpm-edge train --data fashion-mnist --minutes 60 -o runs/fashion-mnist
-    """
-    from ddpm_edge.schedule import Schedule
-    from ddpm_edge.train.data import load
-    from ddpm_edge.train.run import record
-    from ddpm_edge.train.trainer import TrainOptions
-    from ddpm_edge.train.unet import UNetConfig
+    Several processes, GPUs or machines:  accelerate launch -m ddpm_edge train ...
 
-    options = TrainOptions(
-        steps=steps,
-        minutes=minutes,
-        batch=batch,
-        learning_rate=lr,
-        warmup=warmup,
-        ema=ema,
-        seed=seed,
-        precision=precision,
-        device=device,
-    )
-    betas = {"beta_1": beta_1, "beta_T": beta_t, "beta": beta}
-    given = {name: value for name, value in betas.items() if value is not None}
-    forward = Schedule.from_dict({"rule": schedule, "T": timesteps} | given)
-    images = load(data)
-    config = UNetConfig.preset(preset, images.sample_shape, len(images.class_names))
-    click.echo(
-        f"{images.name}: {len(images.images)} images {images.sample_shape}, "
-        f"{len(images.class_names) or 'no'} labels; preset {preset}; {forward}"
-    )
+    Example:  ddpm-edge train --data my-images --size 64 --minutes 60 -o runs/mine
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:  # of several processes one speaks
+        ctx.with_resource(contextlib.redirect_stdout(io.StringIO()))
+    given = given_options(ctx)
+    training = _resumed(output, given, o) if resume else _new(output, forward, o)
     step, loss = None, None
-    typed = command_line(*sys.argv[1:])
-    training = record(output, images, config, forward, options, preset, typed)
-    with Progress("train") as progress, contextlib.suppress(KeyboardInterrupt):
+    with Progress("train", first) as progress, contextlib.suppress(KeyboardInterrupt):
         for step in training:
             if step.step % 10 == 0:  # reading the loss waits for the device
                 value = float(step.loss)
@@ -116,9 +120,104 @@ def train(
     training.close()  # writes the checkpoint, if Ctrl-C came between two steps
     if step is None:
         raise click.ClickException("stopped before the first step; nothing was trained")
-    state = "done" if step.fraction >= 1 else "stopped early"
+    done = step.fraction >= 1
     click.echo(
-        f"{output}: {state} after {step.step} steps, {step.images} images, "
-        f"{step.seconds / 60:.1f} min\n"
+        f"{output}: {'done' if done else 'stopped early'} after {step.step} steps, "
+        f"{step.images} images, {step.seconds / 60:.1f} min\n"
         f"Next: {command_line('export', output, '-o', f'{output.name}-bundle')}"
     )
+    if not done:
+        click.echo(f"      {command_line('train', '-o', output, '--resume')}")
+
+
+def _new(output: Path, forward: Schedule, o: dict[str, Any]) -> Any:
+    """A new run, as it was asked for."""
+    from ddpm_edge.train.data import Source, parse_size
+    from ddpm_edge.train.run import record
+    from ddpm_edge.train.trainer import TrainOptions
+    from ddpm_edge.train.unet import UNetConfig
+
+    if o["data"] is None:
+        raise ConfigError("no data: give --data, or --resume to go on with the run in -o")
+    options = TrainOptions(
+        steps=o["steps"],
+        minutes=o["minutes"],
+        batch=o["batch"],
+        learning_rate=o["lr"],
+        warmup=o["warmup"],
+        ema=o["ema"],
+        prediction=o["prediction"],
+        flip=o["flip"],
+        seed=o["seed"],
+        precision=o["precision"],
+        device=o["device"],
+    )
+    source = Source(
+        data=o["data"],
+        size=None if o["size"] is None else parse_size(o["size"]),
+        fit=o["fit"],
+        labels=o["labels"],
+        validation=o["val"],
+        seed=o["seed"],
+    )
+    images, held_out = _read(source)
+    network: UNetConfig | str = o["model"] or UNetConfig.preset(
+        o["preset"], images.sample_shape, len(images.class_names)
+    )
+    click.echo(f"{o['model'] or 'preset ' + o['preset']}, {o['prediction']}; {forward}")
+    return record(
+        output,
+        images,
+        network,
+        forward,
+        options,
+        validation=held_out,
+        init_from=o["init_from"],
+        preset="" if o["model"] else o["preset"],
+        source=source.to_dict(),
+        command=command_line(*sys.argv[1:]),
+    )
+
+
+def _resumed(output: Path, given: dict[str, str], o: dict[str, Any]) -> Any:
+    """The run in `output`, going on."""
+    from ddpm_edge.train.data import Source
+    from ddpm_edge.train.run import read_config, resume
+
+    fixed = [flag for name, flag in given.items() if name not in RESUME_OPTIONS]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a resumed run: {output / 'config.json'} has "
+            f"them; leave them out, or start a new run with --init-from {output}"
+        )
+    config = read_config(output)
+    source = config["source"] or {}
+    if o["data"] is not None:
+        source = {**source, "data": o["data"]}
+    if "data" not in source:
+        raise ConfigError(f"{output} does not say where its data were; give --data")
+    images, held_out = _read(Source.from_dict(source))
+    return resume(
+        output,
+        images,
+        validation=held_out,
+        steps=o["steps"],
+        minutes=o["minutes"],
+        device=o["device"] if "device" in given else None,
+    )
+
+
+def _read(source: Any) -> Any:
+    """The images of a source, training and held out, said in a line."""
+    with Progress("read") as progress:
+        images, held_out = source.read(progress.update)
+    channels, height, width = images.sample_shape
+    parts = [
+        f"{images.name}: {len(images.images)} images {height} x {width}",
+        f"{channels} channel{'s' if channels > 1 else ''}",
+        f"{len(images.class_names) or 'no'} labels",
+    ]
+    if held_out is not None:
+        parts.append(f"{len(held_out.images)} more held out")
+    click.echo(", ".join(parts))
+    return images, held_out

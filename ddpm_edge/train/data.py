@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ddpm_edge.errors import ConfigError, DataError
 from ddpm_edge.train.array_files import holds_idx, read_idx, read_npy, read_npz
@@ -11,7 +13,7 @@ from ddpm_edge.train.dataset import Dataset, select, split
 from ddpm_edge.train.image_folder import read_folder
 from ddpm_edge.train.reading import SPLITS, Progress, Reading, height_width, one_of
 
-__all__ = ["Dataset", "load", "parse_size", "select", "split"]
+__all__ = ["Dataset", "Source", "load", "parse_size", "select", "split"]
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_PATH = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
@@ -102,6 +104,37 @@ def _load(source: str | Path, split: str, reading: Reading) -> Dataset:
     if split != "train":
         raise DataError(f"{source} has no test images; give a folder of IDX files")
     return read(path, reading)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the data of a run are read: the arguments of `load` and `split`, kept in its config."""
+
+    data: str
+    size: tuple[int, int] | None = None
+    fit: str = "crop"
+    labels: str = "auto"
+    validation: float = 0.0  # share held out; 0 = none
+    seed: int = 0
+
+    def read(self, progress: Progress | None = None) -> tuple[Dataset, Dataset | None]:
+        """The images for training, and those held out."""
+        images = load(
+            self.data, size=self.size, fit=self.fit, labels=self.labels, progress=progress
+        )
+        if not self.validation:
+            return images, None
+        return split(images, self.validation, self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; a path is written so that it can be found from anywhere."""
+        path = Path(self.data)
+        return asdict(self) | ({"data": str(path.absolute())} if path.exists() else {})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Source:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "size": values.get("size") and tuple(values["size"])})
 
 
 def parse_size(text: str) -> tuple[int, int]:

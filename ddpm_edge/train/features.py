@@ -24,7 +24,9 @@ from ddpm_edge.errors import DataError, DdpmEdgeError
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.files import write_bytes
 from ddpm_edge.train.data import Dataset, load
-from ddpm_edge.train.trainer import batches, resolve_device, resolve_precision
+from ddpm_edge.train.draws import batches
+from ddpm_edge.train.trainer import to_network
+from ddpm_edge.train.workers import Workers, resolve_device, resolve_precision
 
 BATCH = 128
 LEARNING_RATE = 4e-3  # peak of the one cycle
@@ -78,7 +80,9 @@ def train(model: nn.Module, data: Dataset, epochs: int) -> Iterator[float]:
     bf16 = resolve_precision("auto", device) == "bf16"
     images = torch.from_numpy(data.images).to(device)  # uint8 (N, C, H, W)
     labels = torch.from_numpy(data.labels).to(device)  # int64 (N,)
-    order = batches(len(images), BATCH, device)
+    order = batches(
+        len(images), min(BATCH, len(images)), Workers(device), torch.initial_seed(), done=0
+    )
     steps = max(len(images) // BATCH, 1)  # an epoch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -88,8 +92,7 @@ def train(model: nn.Module, data: Dataset, epochs: int) -> Iterator[float]:
     for _ in range(epochs):
         total = torch.zeros((), device=device)
         for index in itertools.islice(order, steps):
-            x = augmented(images[index]).float().div_(127.5).sub_(1.0)
-            x = x.to(memory_format=torch.channels_last)
+            x = to_network(augmented(images[index]))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 _, logits = model(x)
             loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=LABEL_SMOOTHING)
@@ -139,7 +142,7 @@ def main(data: str, epochs: int, seed: int, device: str, output: str) -> None:
         for epoch, loss in enumerate(train(model, training, epochs), start=1):
             click.echo(f"epoch {epoch} of {epochs}: mean loss {loss:.4f}")
         example = {"x": np.zeros((2, channels, height, width), np.float32)}
-        proto = onnx_model(model, example, ["features", "logits"])
+        proto = onnx_model(model.eval(), example, ["features", "logits"])
         network = FeatureNetwork(proto.SerializeToString(), device="cpu")
         share = accuracy(network, test.images, test.labels)
         command = ["python", "-m", "ddpm_edge.train.features", "--data", data]

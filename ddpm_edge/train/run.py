@@ -1,57 +1,74 @@
 """A training run on disk: `config.json, metrics.jsonl, samples/, checkpoints/`.
 
-`record` wraps the trainer's generator and keeps the averaged weights, the metrics and the
-checkpoints; `load_run` gives the averaged network back for export.
+`record` and `resume` wrap the trainer's generator and keep the averaged weights, the metrics and
+the checkpoints; `load_run` gives the averaged network back for export.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import platform
+import shutil
 import time
-from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_edge.arrays import UInt8
 from ddpm_edge.bundle import Manifest
-from ddpm_edge.errors import RunError
+from ddpm_edge.errors import ConfigError, RunError, TrainingError
 from ddpm_edge.files import write_bytes
 from ddpm_edge.images import save_grid, to_images
 from ddpm_edge.sampling import Network, sample_states
 from ddpm_edge.schedule import Schedule
+from ddpm_edge.train.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
 from ddpm_edge.train.data import Dataset
+from ddpm_edge.train.draws import Draws, number
+from ddpm_edge.train.network import build, initialise, load_weights
 from ddpm_edge.train.torch_engine import TorchEngine
 from ddpm_edge.train.trainer import (
     EMA,
     TIMESTEP_OFFSET,
+    Algorithm1,
+    Training,
     TrainOptions,
     TrainStep,
-    resolve_device,
-    resolve_precision,
+    progress,
+    to_network,
     train,
 )
-from ddpm_edge.train.unet import UNet, UNetConfig
+from ddpm_edge.train.unet import UNetConfig
+from ddpm_edge.train.workers import Workers, resolve_precision
 
 LOG_STEPS = 50
 CHECKPOINT_SECONDS = 120.0
 GRIDS = 10
 GRID_STEPS = 20
+VALIDATION_IMAGES, VALIDATION_BATCH = 1000, 100
 RUN_FORMAT = 1
+
+log = logging.getLogger("ddpm_edge")
+
+Recording = Generator[TrainStep, None, None]
 
 
 @dataclass(frozen=True)
 class Run:
     """A training run read back: the averaged network and what it was trained with."""
 
-    model: UNet
+    model: nn.Module
     schedule: Schedule
     config: dict[str, Any]
     step: int
@@ -67,101 +84,286 @@ class Run:
 def record(
     directory: Path,
     data: Dataset,
-    config: UNetConfig,
+    network: UNetConfig | str,
     schedule: Schedule,
     options: TrainOptions,
-    preset: str,
+    *,
+    validation: Dataset | None = None,
+    init_from: Path | None = None,
+    preset: str = "",
+    source: dict[str, Any] | None = None,
     command: str = "called from Python",
-) -> Generator[TrainStep, None, None]:
+) -> Recording:
     """Train a new network into `directory`, which must be new or empty; yields every step.
 
     The checkpoint is written every two minutes and when the iteration ends, however it ends; a
-    grid of samples of the averaged weights ten times and at the end.
+    grid of samples of the averaged weights, and its loss on `validation`, ten times and at the end.
 
     Args:
         directory: the run.
         data: what to train on.
-        config: of the network.
+        network: a U-Net, or "package.module:function" that returns a network of your own.
         schedule: the forward process.
         options: how to train.
+        validation: images held out, to measure the loss on.
+        init_from: a run or a .safetensors file to take the first weights from.
         preset: name of the network's preset, for the record.
+        source: how `data` was read, for the record: `resume` on the command line reads it again.
         command: what was typed, for the record.
 
     Raises:
-        RunError: `directory` is not empty.
+        RunError: `directory` is not empty, or `init_from` does not fit.
+        TrainingError: out of memory, or the loss is not finite.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise RunError(f"{directory} exists and is not empty; give a new directory")
-    device = resolve_device(options.device)
-    torch.manual_seed(options.seed)
-    model = UNet(config).to(device)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = EMA(model, options.ema)
-    (directory / "checkpoints").mkdir(parents=True)
-    (directory / "samples").mkdir()
+        raise RunError(
+            f"{directory} exists and is not empty; give a new directory, or go on with --resume"
+        )
+    workers = Workers.join(options.device)
+    model_description = (
+        {"factory": network} if isinstance(network, str) else {"unet": network.to_dict()}
+    )
     description = {
         "format": RUN_FORMAT,
         "name": data.name,
         "data": data.name,
         "images": len(data.images),
+        "data_sha256": data.sha256(),
+        "sample_shape": list(data.sample_shape),
         "class_names": list(data.class_names),
+        "validation": list(validation.names) if validation is not None else [],
+        "source": source,
         "preset": preset,
-        "unet": config.to_dict(),
+        "network": model_description,
         "schedule": schedule.to_dict(),
-        "prediction": "eps",
+        "prediction": options.prediction,
         "timestep_offset": TIMESTEP_OFFSET,
         "options": asdict(options),
+        "processes": workers.count,
+        "init_from": str(init_from) if init_from is not None else None,
         "command": command,
-        "hardware": hardware(device, resolve_precision(options.precision, device)),
+        "hardware": hardware(workers, resolve_precision(options.precision, workers.device)),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}",
     }
-    write_bytes(directory / "config.json", json.dumps(description, indent=2).encode() + b"\n")
+    torch.manual_seed(number(options.seed, "weights"))
+    model = build(model_description)
+    if init_from is not None:
+        misfits = initialise(model, load_weights(init_from))
+        log.info("weights of %s: all but %d tensors fit", init_from, len(misfits))
+        for line in misfits:
+            log.info("%s", line)
+    training, ema = _on_device(model, options, workers)
+    if workers.index == 0:
+        (directory / "checkpoints").mkdir(parents=True)
+        (directory / "samples").mkdir()
+        _write_config(directory, description)
+    recording = _recorded(directory, description, training, ema, [], data, validation, workers)
+    try:
+        yield from _with_remedy(directory, recording)
+    finally:
+        if not training.step and workers.index == 0:  # nothing is in it; the name is free again
+            shutil.rmtree(directory)
 
-    manifest = Manifest(
-        name=data.name,
-        sample_shape=data.sample_shape,
-        schedule=schedule,
-        prediction="eps",
-        timestep_offset=TIMESTEP_OFFSET,
-        class_names=data.class_names,
-        plan={"sampler": "ddim", "steps": min(GRID_STEPS, schedule.T), "clip": 1.0},
-        variants={},
-    )
-    engine = TorchEngine(ema.model, data.sample_shape, bool(data.class_names))
-    network = Network(engine, manifest)
-    grids = 0
 
-    saved, losses, step = time.monotonic(), [], None
+def resume(
+    directory: Path,
+    data: Dataset,
+    *,
+    validation: Dataset | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    device: str | None = None,
+) -> Recording:
+    """Go on with a run exactly where its checkpoint was taken; yields every further step.
+
+    With the same `steps` the run ends with the losses and weights that it would have had without
+    the interruption (on one kind of device; on a GPU some sums have no fixed order).
+
+    Args:
+        directory: the run.
+        data: the same images as before.
+        validation: the same images held out.
+        steps: a new end; None = as before. More steps stretch the decay of the learning rate.
+        minutes: a new end in minutes of training altogether; None = as before.
+        device: None = as before.
+
+    Raises:
+        RunError: not a run, other data, nothing left to do.
+        TrainingError: see `record`.
+    """
+    config = read_config(directory)
+    if data.sha256() != config["data_sha256"]:
+        raise RunError(
+            f"the data are not those that {directory} was trained on ({config['images']} images "
+            f"then, {len(data.images)} now, SHA-256 {config['data_sha256'][:12]} then, "
+            f"{data.sha256()[:12]} now; another version of Pillow may decode JPEG differently); "
+            "give the same data, or start a new run with --init-from"
+        )
+    given = {"steps": steps, "minutes": minutes, "device": device}
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    options = replace(TrainOptions(**config["options"]), **changes)
+    workers = Workers.join(options.device)
+    if workers.count != config["processes"]:
+        raise RunError(
+            f"{directory} was trained by {config['processes']} processes, now there are "
+            f"{workers.count}; start as many, or start a new run with --init-from"
+        )
+    training, ema = _on_device(build(config["network"]), options, workers)
+    losses = [loss.to(workers.device) for loss in load_checkpoint(directory).restore(training, ema)]
+    if progress(options, training.step, training.seconds) >= 1:
+        raise RunError(
+            f"{directory} is already trained to its end ({training.step} steps); give more "
+            "--steps or --minutes, or start a new run with --init-from"
+        )
+    config |= {
+        "options": asdict(options),
+        "resumed_at": [*config.get("resumed_at", []), training.step],
+    }
+    if workers.index == 0:
+        keep_metrics(directory, training.step)
+        _write_config(directory, config)
+    recording = _recorded(directory, config, training, ema, losses, data, validation, workers)
+    yield from _with_remedy(directory, recording)
+
+
+def _on_device(model: nn.Module, options: TrainOptions, workers: Workers) -> tuple[Training, EMA]:
+    model = model.to(workers.device)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Training(model), EMA(model, options.ema)
+
+
+def _recorded(
+    directory: Path,
+    config: dict[str, Any],
+    training: Training,
+    ema: EMA,
+    losses: list[Tensor],
+    data: Dataset,
+    validation: Dataset | None,
+    workers: Workers,
+) -> Recording:
+    """Train, and let process 0 keep the run's files."""
+    options = TrainOptions(**config["options"])
+    schedule = Schedule.from_dict(config["schedule"])
+    steps = train(training, data, schedule, options, workers)
+    if workers.index:
+        for step in steps:
+            ema.update(training.model)
+            yield step
+        return
+    judge = Judge(ema.model, config, data, validation, workers.device)
+    grids = int(progress(options, training.step, training.seconds) * GRIDS)
+    saved, begin = time.monotonic(), training.step
     with open(directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         try:
-            for step in train(model, data, schedule, options):
-                ema.update(model)
+            for step in steps:
+                ema.update(training.model)
                 losses.append(step.loss)
-                if step.step % LOG_STEPS == 0 or step.fraction >= 1:
-                    metrics.write(json.dumps(metrics_line(step, losses)) + "\n")
+                due = int(step.fraction * GRIDS) > grids or step.fraction >= 1
+                grids = int(step.fraction * GRIDS)
+                if due or step.step % LOG_STEPS == 0:
+                    check_finite(losses, step.step, options)
+                    line = metrics_line(step, losses)
+                    if due:
+                        line |= judge(directory / "samples" / f"{step.step:07d}.png")
+                    metrics.write(json.dumps(line) + "\n")
                     metrics.flush()
                     losses.clear()
-                if step.fraction * GRIDS >= grids + 1 or step.fraction >= 1:
-                    grids = int(step.fraction * GRIDS)
-                    save_grid(sample(network), directory / "samples" / f"{step.step:07d}.png")
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save_checkpoint(directory, model, ema.model, step.step)
+                    save_checkpoint(directory, training, ema, losses)
                     saved = time.monotonic()
                 yield step
         finally:
-            if step is not None:
-                save_checkpoint(directory, model, ema.model, step.step)
+            if training.step > begin:
+                save_checkpoint(directory, training, ema, losses)
 
 
-def sample(network: Network) -> UInt8:
-    """Sixteen images of a network as it is now, the labels in turn; uint8 (16, H, W, C)."""
-    classes = len(network.manifest.class_names)
-    labels = np.arange(16) % classes if classes else None
-    *_, last = sample_states(network, network.manifest.make_plan(), 0, range(16), labels)
-    return to_images(last.x)
+def _with_remedy(directory: Path, recording: Recording) -> Recording:
+    """Say, when training fails, what is left to go on from."""
+    try:
+        yield from recording
+    except TrainingError as error:
+        left = "no checkpoint was written before that"
+        if checkpoint_path(directory).is_file():
+            left = (
+                f"the last good checkpoint is of step {load_checkpoint(directory).step}; start a "
+                f"new run from it with --init-from {directory}"
+            )
+        raise TrainingError(f"{error}; {left}") from error
 
 
-def metrics_line(step: TrainStep, losses: list[torch.Tensor]) -> dict[str, float]:
+def check_finite(losses: Sequence[Tensor], step: int, options: TrainOptions) -> None:
+    """Raise TrainingError if one of the losses up to `step` is not a number."""
+    wrong = (~torch.stack(list(losses)).isfinite()).nonzero()
+    if len(wrong):
+        first = step - len(losses) + 1 + int(wrong[0])
+        raise TrainingError(
+            f"the loss of step {first} is {float(losses[int(wrong[0])])}; give a lower --lr than "
+            f"{options.learning_rate:g}, or --precision fp32"
+        )
+
+
+class Judge:
+    """Looks at the averaged weights now and then: a grid of samples, the loss on other images."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        data: Dataset,
+        validation: Dataset | None,
+        device: torch.device,
+    ) -> None:
+        schedule = Schedule.from_dict(config["schedule"])
+        self.model, self.device = model, device
+        self.validation = validation
+        self.seed = config["options"]["seed"]
+        manifest = Manifest(
+            name=data.name,
+            sample_shape=data.sample_shape,
+            schedule=schedule,
+            prediction=config["prediction"],
+            timestep_offset=TIMESTEP_OFFSET,
+            class_names=data.class_names,
+            plan={"sampler": "ddim", "steps": min(GRID_STEPS, schedule.T), "clip": 1.0},
+            variants={},
+        )
+        engine = TorchEngine(model, data.sample_shape, bool(data.class_names))
+        self.network = Network(engine, manifest)
+        classes = len(data.class_names)
+        self.objective = Algorithm1(schedule, config["prediction"], 0.0, classes, device)
+
+    def __call__(self, grid: Path) -> dict[str, float]:
+        """Write the grid; gives {"validation_loss": ...} where there is validation."""
+        save_grid(self.sample(), grid)
+        if self.validation is None:
+            return {}
+        return {"validation_loss": round(self.validation_loss(self.validation), 6)}
+
+    def sample(self) -> UInt8:
+        """Sixteen images, the labels in turn; uint8 (16, H, W, C)."""
+        classes = len(self.network.manifest.class_names)
+        labels = np.arange(16) % classes if classes else None
+        plan = self.network.manifest.make_plan()
+        *_, last = sample_states(self.network, plan, 0, range(16), labels)
+        return to_images(last.x)
+
+    @torch.no_grad()
+    def validation_loss(self, data: Dataset) -> float:
+        """Mean loss of at most a thousand images, at the same t and eps every time."""
+        total, count = 0.0, min(len(data.images), VALIDATION_IMAGES)
+        for first in range(0, count, VALIDATION_BATCH):
+            part = slice(first, min(first + VALIDATION_BATCH, count))
+            x0 = to_network(torch.from_numpy(data.images[part]).to(self.device))
+            label = None
+            if data.labels is not None:
+                label = torch.from_numpy(data.labels[part]).to(self.device)
+            draws = Draws(len(x0), Workers(self.device), self.seed, "validation", first)
+            total += len(x0) * float(self.objective.loss(self.model, x0, label, draws))
+        return total / count
+
+
+def metrics_line(step: TrainStep, losses: list[Tensor]) -> dict[str, float]:
     """One line of metrics.jsonl; the loss is the mean since the line before."""
     return {
         "step": step.step,
@@ -172,13 +374,46 @@ def metrics_line(step: TrainStep, losses: list[torch.Tensor]) -> dict[str, float
     }
 
 
-def save_checkpoint(directory: Path, model: nn.Module, average: nn.Module, step: int) -> None:
-    """Atomically write the weights and their average to `checkpoints/last.safetensors`."""
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in average.state_dict().items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    data = safetensors.torch.save(tensors, {"step": str(step)})
-    write_bytes(directory / "checkpoints" / "last.safetensors", data)
+def keep_metrics(directory: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step`, which will be trained again."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(directory) if line["step"] <= step]
+    write_bytes(directory / "metrics.jsonl", "".join(kept).encode())
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, up to one that a kill cut short."""
+    path, lines = directory / "metrics.jsonl", []
+    if path.is_file():
+        with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
+            for line in file:
+                lines.append(json.loads(line))  # noqa: PERF401  (keeps those before a bad one)
+    return lines
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a run.
+
+    Raises:
+        RunError: `directory` is not a run of this version, or is damaged.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise RunError(
+            f"{directory} is not a training run: it has no config.json; give the directory that "
+            "`ddpm-edge train -o` wrote"
+        )
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = config["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if version != RUN_FORMAT:
+        raise RunError(f"{directory} has run format {version!r}, this version reads {RUN_FORMAT}")
+    return config
+
+
+def _write_config(directory: Path, config: dict[str, Any]) -> None:
+    write_bytes(directory / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 def load_run(directory: Path) -> Run:
@@ -187,45 +422,23 @@ def load_run(directory: Path) -> Run:
     Raises:
         RunError: `directory` is not a run, or it has no checkpoint yet, or it is damaged.
     """
-    config_path = directory / "config.json"
-    checkpoint = directory / "checkpoints" / "last.safetensors"
-    if not config_path.is_file():
-        raise RunError(
-            f"{directory} is not a training run: it has no config.json; give the directory that "
-            "`ddpm-edge train -o` wrote"
-        )
-    if not checkpoint.is_file():
-        raise RunError(f"{directory} has no {checkpoint.relative_to(directory)} yet; train longer")
+    config = read_config(directory)
+    checkpoint = load_checkpoint(directory)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        if config["format"] != RUN_FORMAT:
-            raise RunError(
-                f"{directory} has run format {config['format']}, this version reads {RUN_FORMAT}"
-            )
-        model = UNet(UNetConfig.from_dict(config["unet"])).eval()
+        model = build(config["network"]).eval()
         schedule = Schedule.from_dict(config["schedule"])
-        with safetensors.safe_open(checkpoint, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            names = [k for k in file.keys() if k.startswith("ema.")]  # noqa: SIM118
-            model.load_state_dict({k.removeprefix("ema."): file.get_tensor(k) for k in names})
-    except (KeyError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-        if isinstance(error, RunError):
-            raise
+    except (KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{directory} is damaged: {type(error).__name__}: {error}") from error
-    return Run(model, schedule, config, step, last_loss(directory))
+    load_state(model, checkpoint.part("ema"))
+    metrics = read_metrics(directory)
+    return Run(model, schedule, config, checkpoint.step, metrics[-1]["loss"] if metrics else None)
 
 
-def last_loss(directory: Path) -> float | None:
-    """The newest loss in metrics.jsonl."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return float(json.loads(lines[-1])["loss"]) if lines else None
-
-
-def hardware(device: torch.device, precision: str) -> str:
+def hardware(workers: Workers, precision: str) -> str:
     """What trains, in words, for the record."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, {precision}"
+    several = f"{workers.count} processes, each " if workers.count > 1 else ""
+    if workers.device.type == "cuda":
+        return f"{several}{torch.cuda.get_device_name(workers.device)}, {precision}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -233,4 +446,4 @@ def hardware(device: torch.device, precision: str) -> str:
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    return f"{torch.get_num_threads()} cores of {model}, {precision}"
+    return f"{several}{torch.get_num_threads()} cores of {model}, {precision}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from ddpm_edge.arrays import Array
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
+from ddpm_edge.train.network import prediction_of
 
 
 class TorchEngine:
@@ -40,7 +41,7 @@ class TorchEngine:
         """Evaluate the module (see `Engine`)."""
         check_inputs(self.inputs, arrays)
         tensors = [torch.from_numpy(arrays[name]).to(self.device) for name in self.inputs]
-        return {"prediction": self.model(*tensors).float().cpu().numpy()}
+        return {"prediction": prediction_of(self.model(*tensors)).float().cpu().numpy()}
 
     def close(self) -> None:
         """Nothing to free."""

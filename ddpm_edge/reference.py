@@ -1,0 +1,199 @@
+"""What torch computed, kept in a bundle's `reference.npz`, and how far an engine is from it.
+
+The export's gate measures it on torch and holds ONNX Runtime against it; `ddpm-edge verify` does
+the same on the device, without torch.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from ddpm_edge import noise, samplers
+from ddpm_edge.arrays import Array, Int64
+from ddpm_edge.bundle import Manifest
+from ddpm_edge.errors import BundleError
+from ddpm_edge.plan import Plan
+from ddpm_edge.sampling import Network, sample_states
+
+ANSWER_TOLERANCE = 1e-4  # float32 rounding through some 50 layers, values of about 1
+IMAGE_TOLERANCE = 1e-3  # a quarter of one of 256 grey levels, values in [-1, 1]
+SEED = 20_200_619  # of all draws here
+TIMESTEPS = 8
+SAMPLES = 4
+STEPS = 20
+BATCHES = (1, 5)
+MAX_ARRAY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A largest absolute difference, and how large it may be."""
+
+    what: str
+    max_abs_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within the tolerance; NaN is not."""
+        return self.max_abs_error <= self.tolerance
+
+    @property
+    def figures(self) -> str:
+        """Both numbers, for people."""
+        return f"max abs error {self.max_abs_error:.1e} (tolerance {self.tolerance:.0e})"
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.figures}"
+
+
+def compare(what: str, ours: Array, torchs: Array, tolerance: float) -> Comparison:
+    """Compare two arrays of one shape."""
+    return Comparison(what, float(np.max(np.abs(ours - torchs))), tolerance)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Answers of a network, and the images of a short DDIM chain.
+
+    Attributes:
+        seed: of all draws.
+        t: timesteps spread over 1..T; int64 (K,).
+        answer: the answer to the START draw of sample i at t[i]; float32 (K, C, H, W).
+        images: what the chain ends with for samples 0, 1, ...; float32 (n, C, H, W).
+        steps: of the chain, DDIM with x0 clipped to [-1, 1].
+        label: of each answer, int64 (K,); None where the network takes none.
+        images_label: of each image, int64 (n,), or None.
+    """
+
+    seed: int
+    t: Int64
+    answer: Array
+    images: Array
+    steps: int
+    label: Int64 | None = None
+    images_label: Int64 | None = None
+
+    @classmethod
+    def measure(cls, network: Network) -> Reference:
+        """What this network answers."""
+        manifest = network.manifest
+        T, classes = manifest.schedule.T, len(manifest.class_names)
+        t = np.unique(np.linspace(1, T, TIMESTEPS).round().astype(np.int64))
+        empty = cls(
+            seed=SEED,
+            t=t,
+            answer=np.empty((len(t), *manifest.sample_shape), np.float32),
+            images=np.empty((SAMPLES, *manifest.sample_shape), np.float32),
+            steps=min(STEPS, T),
+            label=np.arange(len(t)) % (classes + 1) if classes else None,  # the null label too
+            images_label=np.arange(SAMPLES) % (classes + 1) if classes else None,
+        )
+        answer, images = empty.answers_of(network, 1), empty.images_of(network)
+        return cls(**{**vars(empty), "answer": answer, "images": images})
+
+    def answers_of(self, network: Network, batch: int) -> Array:
+        """The network's answer to each question, computed in a batch of this size."""
+        shape = (len(self.t), *network.manifest.sample_shape)
+        x = noise.Draws(self.seed, 0, shape).rows(noise.Stream.START, range(1))[0]
+        out = []
+        for i, t in enumerate(self.t.tolist()):
+            xs = np.repeat(x[i : i + 1], batch, axis=0)
+            xs[: batch - 1] = x[np.arange(i + 1, i + batch) % len(x)]  # others beside it
+            label = None if self.label is None else np.full(batch, self.label[i])
+            out.append(network(xs, t, label)[-1])
+        return np.stack(out)
+
+    def plan(self, network: Network) -> Plan:
+        """The chain."""
+        return samplers.ddim(network.manifest.schedule, steps=self.steps, clip=1.0)
+
+    def images_of(
+        self, network: Network, plan: Plan | None = None, start: Array | None = None
+    ) -> Array:
+        """What the network samples by the chain, or by another plan from a given state."""
+        chosen = self.plan(network) if plan is None else plan
+        samples = range(len(self.images))
+        *_, last = sample_states(
+            network, chosen, self.seed, samples, self.images_label, start=start
+        )
+        return last.x
+
+    def compare(self, network: Network) -> Iterator[Comparison]:
+        """Hold another network against it, one comparison after the other."""
+        for batch in BATCHES:
+            ours = self.answers_of(network, batch)
+            yield compare(f"answers at batch {batch}", ours, self.answer, ANSWER_TOLERANCE)
+        what = f"{self.steps}-step DDIM"
+        yield compare(what, self.images_of(network), self.images, IMAGE_TOLERANCE)
+
+    def to_bytes(self) -> bytes:
+        """The content of reference.npz."""
+        buffer = io.BytesIO()
+        arrays = {name: value for name, value in asdict(self).items() if value is not None}
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, manifest: Manifest) -> Reference:
+        """The inverse of `to_bytes`; sizes are checked before anything is allocated.
+
+        Raises:
+            BundleError: not what an export of this model writes.
+        """
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                headers = {
+                    name.removesuffix(".npy"): _header(archive, name) for name in archive.namelist()
+                }
+            _check_headers(headers, manifest)
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in headers}
+        except (ValueError, TypeError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise BundleError(
+                f"reference.npz is not what an export writes: {error}; export the model again"
+            ) from error
+        reference = cls(**{**arrays, "seed": int(arrays["seed"]), "steps": int(arrays["steps"])})
+        T, classes = manifest.schedule.T, len(manifest.class_names)
+        labels = [a for a in (reference.label, reference.images_label) if a is not None]
+        in_range = reference.t.min() >= 1 and reference.t.max() <= T and 1 <= reference.steps <= T
+        if not in_range or any(a.min() < 0 or a.max() > classes for a in labels):
+            raise BundleError(
+                "reference.npz holds timesteps or labels that the model does not have"
+            )
+        return reference
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    """Shape and dtype of an array in an .npz, without reading it."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"{name} has .npy version {version}")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
+
+
+def _check_headers(
+    headers: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]], manifest: Manifest
+) -> None:
+    """Raise ValueError unless the arrays are those of a Reference of this model."""
+    labels = {"label", "images_label"}
+    expected = {f.name for f in fields(Reference)} - (set() if manifest.class_names else labels)
+    if headers.keys() != expected:
+        raise ValueError(f"it holds {sorted(headers)}, expected {sorted(expected)}")
+    k, n = headers["t"][0], headers["images"][0][:1]
+    shapes = {
+        "seed": (), "steps": (), "t": k, "label": k, "images_label": n,
+        "answer": (*k, *manifest.sample_shape), "images": (*n, *manifest.sample_shape),
+    }  # fmt: skip
+    for name, (shape, dtype) in headers.items():
+        kind = np.float32 if name in ("answer", "images") else np.int64
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if shape != shapes[name] or dtype != kind or len(k) != 1 or not 0 < size <= MAX_ARRAY_BYTES:
+            raise ValueError(f"{name} is {dtype} {shape}, expected {np.dtype(kind)} {shapes[name]}")
