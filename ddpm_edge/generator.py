@@ -13,10 +13,11 @@ import numpy as np
 
 from ddpm_edge import checks, noise
 from ddpm_edge.arrays import Array
-from ddpm_edge.bundle import Bundle
-from ddpm_edge.errors import ClosedError, ConfigError, ForkError
+from ddpm_edge.bundle import REFERENCE, Bundle
+from ddpm_edge.errors import BundleError, ClosedError, ConfigError, ForkError
 from ddpm_edge.images import to_images
 from ddpm_edge.plan import Plan, State
+from ddpm_edge.reference import Comparison, Reference
 from ddpm_edge.runtimes import Engine, open_engine
 from ddpm_edge.sampling import Labels, Network, sample_states
 from ddpm_edge.schedule import Schedule
@@ -174,6 +175,21 @@ class Generator:
         """Evaluate the network once for n samples, so that the first image is not slower."""
         x = np.zeros((checks.whole("n", n), *self.sample_shape), np.float32)
         self._open()(x, 1, None)
+
+    def verify(self) -> Iterator[Comparison]:
+        """Recompute on this runtime what torch computed when the model was exported.
+
+        Yields a comparison after the other, each with its tolerance; `all(c.passed for c in
+        generator.verify())` proves that the model computes here what it computed there.
+
+        Raises:
+            BundleError: the bundle has no reference.npz, or it is not one of this model.
+        """
+        network = self._open()
+        if REFERENCE not in self.bundle.files:
+            raise BundleError(f"{self.bundle.path} has no {REFERENCE}; export the model again")
+        data = self.bundle.read(REFERENCE)
+        yield from Reference.from_bytes(data, self.bundle.manifest).compare(network)
 
     def sample(self, n: int = 1, **arguments: Any) -> Array:
         """Make n images: uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".

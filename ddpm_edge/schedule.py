@@ -20,6 +20,10 @@ from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Float64, Int64
 from ddpm_edge.errors import ScheduleError
 
+# x0 = (x - noise eps) / signal is computed in float32, which holds up to 3.4e38: this leaves room
+# for values of a hundred.
+LEAST_SIGNAL = 1e-36
+
 
 class ScheduleWarning(UserWarning):
     """A schedule that works, but probably not as meant."""
@@ -62,6 +66,12 @@ class Schedule:
         self.alpha_bar: Float64 = np.cumprod(self.alpha, dtype=np.float64)
         self.signal: Float64 = np.sqrt(self.alpha_bar)
         self.noise: Float64 = np.sqrt(1.0 - self.alpha_bar)
+        if self.signal[-1] < LEAST_SIGNAL:
+            raise ScheduleError(
+                f"sqrt(alpha_bar_T) = {self.signal[-1]:.3g} is too small for float32, in which x_T "
+                f"would be divided by it; expected at least {LEAST_SIGNAL:g}: lower "
+                f"T = {self.T} or the betas"
+            )
         self._definition = definition or {"rule": "betas", "betas": values.tolist()}
         for array in (self.beta, self.alpha, self.alpha_bar, self.signal, self.noise):
             array.setflags(write=False)

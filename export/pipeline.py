@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ddpm_edge import bundle
-from ddpm_edge.bundle import Bundle, Manifest, check_target, write_bundle
+from ddpm_edge.bundle import REFERENCE, Bundle, Manifest, check_target, write_bundle
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.export.gate import Report, check
-from ddpm_edge.plan import PREDICTIONS
 from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule
 
@@ -44,8 +41,8 @@ def export(
 
     Args:
         model: `forward(x, t)` or, with class_names, `forward(x, t, label)`; x float32
-            (B, *sample_shape), t and label int64 (B,), the result of x's shape. The null label is
-            len(class_names).
+            (B, *sample_shape), t and label int64 (B,), the result of x's shape (or an object with
+            it as `.sample`, as diffusers' models return). The null label is len(class_names).
         schedule: the forward process it was trained with.
         path: directory to write; an existing bundle there is replaced at once and whole.
         sample_shape: (C, H, W).
@@ -57,26 +54,26 @@ def export(
         training: how the weights came to be.
         licence: SPDX name for the weights.
         gate: "quick", or "full" to compare all T steps of Algorithm 2.
-        report: called with (what, largest difference, tolerance) for each comparison.
+        report: called with each Comparison of the gate.
 
     Raises:
+        ExportError: the network cannot be exported as it is; the message names what in it.
         ParityError: the exported network answers differently; nothing is written then.
         RuntimeUnavailableError: a package that export needs is missing.
     """
     from ddpm_edge.export.to_onnx import to_onnx
     from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
+    from ddpm_edge.train.network import Prediction, check_network
     from ddpm_edge.train.torch_engine import TorchEngine
 
     path = Path(path)
     check_target(path)
-    if prediction not in PREDICTIONS or gate not in GATES:
-        raise ConfigError(
-            f"prediction must be one of {', '.join(PREDICTIONS)} and gate one of "
-            f"{', '.join(GATES)}; got {prediction!r} and {gate!r}"
-        )
+    if gate not in GATES:
+        raise ConfigError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
+    channels, height, width = sample_shape
     manifest = Manifest(
         name=name or path.name,
-        sample_shape=sample_shape,
+        sample_shape=(channels, height, width),
         schedule=schedule,
         prediction=prediction,
         timestep_offset=timestep_offset,
@@ -86,15 +83,21 @@ def export(
         training=dict(training or {}),
         licence=licence,
     )
-    manifest.make_plan()  # a default plan that cannot run is refused now
-    data = to_onnx(model, manifest)
-    reference = Network(TorchEngine(model, sample_shape, bool(class_names)), manifest)
+    manifest = read_back(manifest)
+    # A copy: the caller's may be on a GPU, in half precision or in the middle of its training.
+    model = copy.deepcopy(model).cpu().float().eval()
+    check_network(model, manifest)
+    data = to_onnx(Prediction(model), manifest)
+    torchs = Network(TorchEngine(model, sample_shape, bool(class_names)), manifest)
     with OnnxRuntimeEngine(data, device="cpu") as engine:
-        figures, arrays = check(
-            Network(engine, manifest), reference, full=gate == "full", report=report
+        comparisons, reference = check(
+            Network(engine, manifest), torchs, full=gate == "full", report=report
         )
-    variants = {"fp32": {"file": MODEL_FILE, "parity": figures}}
-    files = {MODEL_FILE: data, bundle.REFERENCE: _npz(arrays)}
+    parity = {
+        c.what: {"max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in comparisons
+    }
+    variants = {"fp32": {"file": MODEL_FILE, "parity": parity}}
+    files = {MODEL_FILE: data, REFERENCE: reference.to_bytes()}
     return write_bundle(path, Manifest(**{**vars(manifest), "variants": variants}), files)
 
 
@@ -111,7 +114,7 @@ def export_run(run: str | Path, path: str | Path, **arguments: Any) -> Bundle:
         trained.model,
         trained.schedule,
         path,
-        sample_shape=trained.model.config.sample_shape,
+        sample_shape=tuple(trained.config["sample_shape"]),
         prediction=trained.config["prediction"],
         timestep_offset=trained.config["timestep_offset"],
         class_names=trained.config["class_names"],
@@ -120,15 +123,21 @@ def export_run(run: str | Path, path: str | Path, **arguments: Any) -> Bundle:
     )
 
 
+def read_back(manifest: Manifest) -> Manifest:
+    """The manifest as whoever opens the bundle will see it, checked before any work is done.
+
+    Raises:
+        ConfigError: something in it is not what a bundle.json can hold.
+    """
+    try:
+        return Manifest.from_dict(json.loads(json.dumps(manifest.to_dict(), allow_nan=False)))
+    except (TypeError, ValueError) as error:  # BundleError is a ValueError
+        raise ConfigError(f"the bundle could not be read back: {error}") from error
+
+
 def default_plan(schedule: Schedule, given: Mapping[str, Any]) -> dict[str, Any]:
     """50-step DDIM, clipped to the images' range, unless told otherwise."""
     plan: dict[str, Any] = {"sampler": "ddim", "clip": 1.0} | dict(given)
     if plan["sampler"] == "ddim":
         plan.setdefault("steps", min(50, schedule.T))
     return plan
-
-
-def _npz(arrays: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()

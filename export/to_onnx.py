@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ import numpy as np
 
 from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Manifest
-from ddpm_edge.errors import RuntimeUnavailableError
+from ddpm_edge.errors import ExportError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +28,8 @@ def to_onnx(model: nn.Module, manifest: Manifest) -> bytes:
     """The network as an ONNX model with inputs x, t and perhaps label, and output prediction.
 
     Args:
-        model: `forward(x, t)` or, where the manifest names classes, `forward(x, t, label)`.
+        model: `forward(x, t)` or, where the manifest names classes, `forward(x, t, label)`; in
+            evaluation mode.
         manifest: its sample shape and classes; its schedule is repeated in `metadata_props`.
 
     Raises:
@@ -50,11 +53,12 @@ def onnx_model(
     """Any torch network as an ONNX model, every first dimension the batch.
 
     Args:
-        model: put into evaluation mode; takes the arrays of `example` in order.
+        model: in evaluation mode; takes the arrays of `example` in order.
         example: inputs by name, a batch of 2 or more: a batch of 1 would become a constant.
         outputs: names of the outputs, in order.
 
     Raises:
+        ExportError: something in the network has no ONNX form; the message names it.
         RuntimeUnavailableError: torch, onnx or onnxscript is not installed.
     """
     try:
@@ -67,9 +71,9 @@ def onnx_model(
     from ddpm_edge.export.static_shapes import make_static
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _quiet():
+    with _explained(), _quiet():
         program = torch.onnx.export(
-            model.eval(),
+            model,
             tuple(torch.from_numpy(array).to(device) for array in example.values()),
             dynamo=True,
             opset_version=OPSET,
@@ -108,12 +112,56 @@ def _strip(proto: onnx.ModelProto) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's exporter from talking about its own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # It prints whole graphs when it fails.
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what torch's exporter raises into an ExportError that names the cause."""
+    import torch
+
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        causes: list[BaseException] = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        raise ExportError(_reason([str(cause) for cause in causes])) from error
+
+
+def _reason(texts: Sequence[str]) -> str:
+    """The message for the texts of an exporter's error and its causes."""
+    text = "\n".join(texts)
+    if found := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text):
+        return (
+            f"the network uses {found[1]}, which has no ONNX form at opset {OPSET}; compute it "
+            "from operators that have one"
+        )
+    if "data-dependent" in text:
+        place = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.+)', text)
+        where = f" ({place[-1][0]}, line {place[-1][1]}: `{place[-1][2]}`)" if place else ""
+        return (
+            f"the network branches on the values of a tensor{where}; an exported graph cannot: "
+            "use torch.where, or decide by shapes and settings"
+        )
+    if "inferred a static shape" in text:
+        return (
+            "the network fixes the size of the batch or of another input; make what it adds or "
+            "reshapes follow x.shape[0]"
+        )
+    return f"the network cannot be exported: {texts[-1].strip().splitlines()[0]}"

@@ -359,6 +359,15 @@ def test_the_limits_of_the_warnings() -> None:
             Schedule.from_betas([1 - signal**2])
 
 
+@pytest.mark.parametrize("make", [
+    lambda: Schedule.constant(1000, 0.3), lambda: Schedule.linear(1000, 1e-4, 0.4),
+    lambda: Schedule.constant(1000, 0.9),  # 0 in float64
+])  # fmt: skip
+def test_a_signal_too_small_for_float32_is_refused(make: Callable[[], Schedule]) -> None:
+    with pytest.raises(ScheduleError, match=r"too small for float32.*lower T = 1000 or the betas"):
+        make()
+
+
 @quiet
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize(

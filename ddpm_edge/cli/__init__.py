@@ -13,6 +13,7 @@ from ddpm_edge.cli.export import export
 from ddpm_edge.cli.info import info
 from ddpm_edge.cli.sample import sample
 from ddpm_edge.cli.train import train
+from ddpm_edge.cli.verify import verify
 from ddpm_edge.errors import ConfigError, DdpmEdgeError
 
 
@@ -42,5 +43,5 @@ def main(verbose: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
 
 
-for command in (train, export, sample, info):
+for command in (train, export, sample, info, verify):
     main.add_command(command)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ddpm_edge.cli.options import plan_options
-from ddpm_edge.cli.output import command_line, parity_text
+from ddpm_edge.bundle import Bundle
+from ddpm_edge.cli.options import given_options, plan_options, schedule_options
+from ddpm_edge.cli.output import command_line, show_comparison
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.export import GATES
+from ddpm_edge.plan import PREDICTIONS
+from ddpm_edge.schedule import Schedule
+
+MODEL_OPTIONS = {
+    "weights", "shape", "classes", "prediction", "timestep_offset",
+    "rule", "timesteps", "beta_1", "beta_t", "beta",
+}  # fmt: skip
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -21,51 +32,111 @@ from ddpm_edge.cli.output import command_line, parity_text
     type=click.Path(path_type=Path),
     help="Directory to write; a bundle that is there is replaced.",
 )
-@click.option("--name", help="Name of the model.  [default: the data's]")
+@click.option("--name", help="Name of the model.  [default: the data's, or the directory's]")
 @click.option("--licence", default="", help="SPDX name of the weights' licence.")
 @click.option(
     "--gate",
-    type=click.Choice(["quick", "full"]),
+    type=click.Choice(GATES),
     default="quick",
     show_default=True,
     help="full compares all T steps of Algorithm 2 with torch, not the last 50.",
 )
 @plan_options
+@click.option("--model", help="Instead of RUN, a network of your own: package.module:function.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="--model: its .safetensors file.  [default: as the function returns it]",
+)
+@click.option("--shape", help="--model: CxHxW of one sample, such as 3x32x32.")
+@click.option("--classes", help="--model: names of its labels, separated by commas.")
+@click.option(
+    "--prediction",
+    type=click.Choice(PREDICTIONS),
+    default="eps",
+    show_default=True,
+    help="--model: what it answers.",
+)
+@click.option(
+    "--timestep-offset",
+    type=int,
+    default=-1,
+    show_default=True,
+    help="--model: it is fed t + offset, t in 1..T.",
+)
+@schedule_options
+@click.pass_context
 def export(
-    run: Path,
-    output: Path,
-    name: str | None,
-    licence: str,
-    gate: str,
-    plan: dict[str, Any],
+    ctx: click.Context, /, run: Path | None, output: Path, model: str | None, **o: Any
 ) -> None:
     """Export the averaged weights of the training run RUN as a bundle, if they pass the gate.
 
-    The sampler options set the bundle's default plan: 50-step ddim unless told otherwise.
+    The sampler options set the bundle's default plan: 50-step ddim unless told otherwise. A network
+    of your own maps (x, t) or (x, t, label) to x's shape; say its --shape and its schedule.
 
     Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle
     """
-    from ddpm_edge.export import export_run
-
+    if (run is None) == (model is None):
+        raise ConfigError("give either the directory of a training run, or --model")
+    if run is not None:
+        extra = [flag for name, flag in given_options(ctx).items() if name in MODEL_OPTIONS]
+        if extra:
+            raise ConfigError(f"{', '.join(extra)} go with --model; {run} has its own")
     start = time.perf_counter()
-
-    def report(what: str, difference: float, tolerance: float) -> None:
-        mark = "v" if difference <= tolerance else "x"
-        click.echo(f"-[{mark}] {what}: {parity_text(difference, tolerance)}")
-
-    click.echo(f"Exporting {run} to ONNX ...")
-    bundle = export_run(
-        run,
-        output,
-        **({"name": name} if name else {}),
-        licence=licence,
-        gate=gate,
-        plan=plan,
-        report=report,
-    )
+    common = {
+        **({"name": o["name"]} if o["name"] else {}),
+        "licence": o["licence"],
+        "gate": o["gate"],
+        "plan": o["plan"],
+        "report": show_comparison,
+    }
+    click.echo(f"Exporting {run or model} to ONNX ...")
+    bundle = _exporter(run, model, output, o)(**common)
     size = sum(entry["size"] for entry in bundle.files.values())
     click.echo(
         f"{output}: {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s\n"
         f"Next: {command_line('sample', output, '-n', 16, '-o', 'samples.png')}\n"
-        f"      {command_line('info', output)}"
+        f"      {command_line('verify', output)}"
     )
+
+
+def _exporter(
+    run: Path | None, model: str | None, output: Path, o: dict[str, Any]
+) -> Callable[..., Bundle]:
+    """What exports: a run, or the user's own network."""
+    import functools
+
+    from ddpm_edge.export import export as export_network
+    from ddpm_edge.export import export_run
+
+    if run is not None:
+        return functools.partial(export_run, run, output)
+    from ddpm_edge.train.network import from_factory, load_weights
+
+    shape = _shape(o["shape"])
+    network = from_factory(str(model))
+    if o["weights"] is not None:
+        from ddpm_edge.train.checkpoint import load_state
+
+        load_state(network, load_weights(o["weights"]))
+    forward: Schedule = o["forward"]
+    return functools.partial(
+        export_network,
+        network,
+        forward,
+        output,
+        sample_shape=shape,
+        prediction=o["prediction"],
+        timestep_offset=o["timestep_offset"],
+        class_names=[name.strip() for name in o["classes"].split(",")] if o["classes"] else [],
+        training={"model": model, "weights": str(o["weights"]) if o["weights"] else None},
+    )
+
+
+def _shape(text: str | None) -> tuple[int, int, int]:
+    """The sizes in CxHxW, such as 3x32x32."""
+    parts = (text or "").split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--model needs --shape CxHxW, such as 3x32x32; got {text!r}")
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width

@@ -10,7 +10,7 @@ import click
 
 from ddpm_edge import Bundle
 from ddpm_edge.cli.options import plan_options
-from ddpm_edge.cli.output import parity_text
+from ddpm_edge.reference import Comparison
 
 
 @click.command()
@@ -55,7 +55,7 @@ def info(
     rows |= {f"trained: {key}": value for key, value in manifest.training.items()}
     for variant, entry in manifest.variants.items():
         for what, figure in entry.get("parity", {}).items():
-            rows[f"{variant}: {what}"] = parity_text(**figure)
+            rows[f"{variant}: {what}"] = Comparison(what, **figure).figures
     width = max(len(name) for name in rows)
     for name, value in rows.items():
         text = " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value

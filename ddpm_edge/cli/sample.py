@@ -59,7 +59,8 @@ def sample(
     """
     save = saver(output)
     with Generator.load(bundle, **where) as generator:
-        numbers = [int(label) if label.isdecimal() else label for label in labels]
+        names = generator.class_names  # a class may be called "7": the name comes first
+        numbers = [int(x) if x.isdecimal() and x not in names else x for x in labels]
         dealt = [numbers[i % len(numbers)] for i in range(count)] if numbers else None
         with Progress("samples") as progress:
 
