@@ -113,4 +113,4 @@ def load_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise RunError(f"the checkpoint does not fit the run's network: {error}") from error
+        raise RunError(f"the weights do not fit the network: {error}") from error
