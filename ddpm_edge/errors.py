@@ -32,7 +32,11 @@ class ParityError(DdpmEdgeError, RuntimeError):
 
 
 class EngineError(DdpmEdgeError, ValueError):
-    """Arrays that an engine cannot take, or a model that it cannot load."""
+    """Arrays that an engine cannot take, a model that it cannot load, or a run that failed."""
+
+
+class NonFiniteError(DdpmEdgeError, ArithmeticError):
+    """The network answered with NaN or infinity."""
 
 
 class RuntimeUnavailableError(DdpmEdgeError, RuntimeError):
