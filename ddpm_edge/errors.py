@@ -39,6 +39,10 @@ class NonFiniteError(DdpmEdgeError, ArithmeticError):
     """The network answered with NaN or infinity."""
 
 
+class OutOfMemoryError(DdpmEdgeError, MemoryError):
+    """Too little memory for so many samples at once. A smaller batch still works."""
+
+
 class RuntimeUnavailableError(DdpmEdgeError, RuntimeError):
     """A runtime or device that was asked for and is not there."""
 

@@ -18,7 +18,7 @@ from ddpm_edge.errors import ClosedError, ConfigError, ForkError
 from ddpm_edge.images import to_images
 from ddpm_edge.plan import Plan, State
 from ddpm_edge.runtimes import Engine, open_engine
-from ddpm_edge.sampling import Labels, Network, sample_states
+from ddpm_edge.sampling import Labels, Network, enough_memory, sample_states
 from ddpm_edge.schedule import Schedule
 
 Label = int | str | None
@@ -128,10 +128,15 @@ class Generator:
         self.close()
 
     def close(self) -> None:
-        """Free the engine. Calling it again does nothing."""
+        """Free the engine. Calling it again does nothing, and so does a forked child's call.
+
+        Other threads that are sampling end with an EngineError or a ClosedError.
+        """
+        if os.getpid() != self._pid:  # its threads stayed in the parent: freeing it crashes
+            return
         network, self._network = self._network, None
         if network is not None:
-            network.engine.close()
+            network.close()
 
     @property
     def runtime(self) -> str:
@@ -171,9 +176,14 @@ class Generator:
         return self.bundle.manifest.make_plan(sampler, steps, **options)
 
     def warmup(self, n: int = 1) -> None:
-        """Evaluate the network once for n samples, so that the first image is not slower."""
-        x = np.zeros((checks.whole("n", n), *self.sample_shape), np.float32)
-        self._open()(x, 1, None)
+        """Evaluate the network once for n samples, so that the first image is not slower.
+
+        Raises:
+            OutOfMemoryError: too little memory for n samples at once.
+        """
+        network = self._open()
+        with enough_memory(checks.whole("n", n)):
+            network(np.zeros((n, *self.sample_shape), np.float32), 1, None)
 
     def sample(self, n: int = 1, **arguments: Any) -> Array:
         """Make n images: uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".
@@ -216,6 +226,9 @@ class Generator:
 
         Raises:
             ConfigError: an argument that cannot work; nothing has run then.
+            NonFiniteError: the network answered with NaN or infinity.
+            OutOfMemoryError: too little memory for the batch; a smaller one still works.
+            ClosedError, ForkError: this Generator cannot be used, or no longer.
         """
         start = time.perf_counter()
         batch = MAX_BATCH if batch is None else batch

@@ -257,6 +257,40 @@ def test_failed_runs(
         engine(arrays())
 
 
+LIMITED = """
+import resource
+from ddpm_edge import Generator
+from ddpm_edge.errors import OutOfMemoryError
+
+generator = Generator.load(device="cpu")
+expected = generator.sample(1, seed=0, steps=2)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (300 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for batch in (512, 100_000):  # too much for ONNX Runtime, for NumPy
+    try:
+        generator.sample(batch, batch=batch, steps=2, seed=0)
+    except OutOfMemoryError as error:
+        assert isinstance(error, MemoryError)
+        print(error)
+    assert (generator.sample(1, seed=0, steps=2) == expected).all()
+print("usable")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_too_little_memory_leaves_the_generator_usable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    runtimes, numpys, last = done.stdout.splitlines()
+    assert "not enough memory for 512 samples at once (ONNX Runtime: " in runtimes
+    assert "not enough memory for 100000 samples at once (Unable to allocate" in numpys
+    assert "give a smaller batch=" in runtimes
+    assert last == "usable"
+
+
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu(engine: Engine) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
