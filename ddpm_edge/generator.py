@@ -75,7 +75,10 @@ class Result:
 class Generator:
     """A trained model, ready to make images. `Generator.load` makes one; close it or use `with`.
 
-    Threads may share a Generator. A forked child must load its own.
+    Threads may share a Generator. A forked child must load its own. Ctrl-C in the main thread ends
+    a call within one step, in the midst of a long one too, and so does any signal handler of the
+    app that raises. After that, as after any error, nothing is locked or running and the Generator
+    works on.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, variant: str) -> None:
