@@ -40,7 +40,15 @@ class ParityError(DdpmEdgeError, RuntimeError):
 
 
 class EngineError(DdpmEdgeError, ValueError):
-    """Arrays that an engine cannot take, or a model that it cannot load."""
+    """Arrays that an engine cannot take, a model that it cannot load, or a run that failed."""
+
+
+class NonFiniteError(DdpmEdgeError, ArithmeticError):
+    """The network answered with NaN or infinity."""
+
+
+class OutOfMemoryError(DdpmEdgeError, MemoryError):
+    """Too little memory for so many samples at once. A smaller batch still works."""
 
 
 class RuntimeUnavailableError(DdpmEdgeError, RuntimeError):

@@ -19,7 +19,7 @@ from ddpm_edge.images import to_images
 from ddpm_edge.plan import Plan, State
 from ddpm_edge.reference import Comparison, Reference
 from ddpm_edge.runtimes import Engine, open_engine
-from ddpm_edge.sampling import Labels, Network, sample_states
+from ddpm_edge.sampling import Labels, Network, enough_memory, sample_states
 from ddpm_edge.schedule import Schedule
 
 Label = int | str | None
@@ -76,7 +76,10 @@ class Result:
 class Generator:
     """A trained model, ready to make images. `Generator.load` makes one; close it or use `with`.
 
-    Threads may share a Generator. A forked child must load its own.
+    Threads may share a Generator. A forked child must load its own. Ctrl-C in the main thread ends
+    a call within one step, in the midst of a long one too, and so does any signal handler of the
+    app that raises. After that, as after any error, nothing is locked or running and the Generator
+    works on.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, variant: str) -> None:
@@ -129,10 +132,15 @@ class Generator:
         self.close()
 
     def close(self) -> None:
-        """Free the engine. Calling it again does nothing."""
+        """Free the engine. Calling it again does nothing, and so does a forked child's call.
+
+        Other threads that are sampling end with an EngineError or a ClosedError.
+        """
+        if os.getpid() != self._pid:  # its threads stayed in the parent: freeing it crashes
+            return
         network, self._network = self._network, None
         if network is not None:
-            network.engine.close()
+            network.close()
 
     @property
     def runtime(self) -> str:
@@ -172,9 +180,14 @@ class Generator:
         return self.bundle.manifest.make_plan(sampler, steps, **options)
 
     def warmup(self, n: int = 1) -> None:
-        """Evaluate the network once for n samples, so that the first image is not slower."""
-        x = np.zeros((checks.whole("n", n), *self.sample_shape), np.float32)
-        self._open()(x, 1, None)
+        """Evaluate the network once for n samples, so that the first image is not slower.
+
+        Raises:
+            OutOfMemoryError: too little memory for n samples at once.
+        """
+        network = self._open()
+        with enough_memory(checks.whole("n", n)):
+            network(np.zeros((n, *self.sample_shape), np.float32), 1, None)
 
     def verify(self) -> Iterator[Comparison]:
         """Recompute on this runtime what torch computed when the model was exported.
@@ -232,6 +245,9 @@ class Generator:
 
         Raises:
             ConfigError: an argument that cannot work; nothing has run then.
+            NonFiniteError: the network answered with NaN or infinity.
+            OutOfMemoryError: too little memory for the batch; a smaller one still works.
+            ClosedError, ForkError: this Generator cannot be used, or no longer.
         """
         start = time.perf_counter()
         batch = MAX_BATCH if batch is None else batch

@@ -17,7 +17,7 @@ import numpy as np
 
 from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Bool, Float64, Int64
-from ddpm_edge.errors import ConfigError
+from ddpm_edge.errors import ConfigError, NonFiniteError
 from ddpm_edge.noise import Stream
 
 FORMS = ("x0", "eps")
@@ -220,7 +220,11 @@ def run_plan(
         ask: the network's answer (B, ...) for (x, t).
         draw: the normal draws of (stream, row number), of x's shape.
         prediction: what the network answers: "eps", "x0" or "v".
+
+    Raises:
+        NonFiniteError: an answer with NaN or infinity.
     """
+    finite = np.empty(x.shape, bool)
     x_next, scratch = np.empty_like(x), np.empty_like(x)
     history: list[Array] = []
     spare = [np.empty_like(x) for _ in range(plan.b.shape[1])]
@@ -229,7 +233,10 @@ def run_plan(
             spare, history = spare + history, []
         if row.evaluate:
             m = spare.pop() if spare else history.pop()
-            np.multiply(ask(x, row.t), row.from_answer, out=m)
+            answer = ask(x, row.t)
+            if not np.isfinite(answer, out=finite).all():  # clipping would hide an infinity
+                raise NonFiniteError(_not_finite(finite, i + 1, plan))
+            np.multiply(answer, row.from_answer, out=m)
             if row.from_x:
                 m += np.multiply(x, row.from_x, out=scratch)
             if plan.clip is not None:  # np.clip does the same, five times slower
@@ -244,3 +251,15 @@ def run_plan(
             x_next += np.multiply(draw(row.stream, row.number), row.s, out=scratch)
         x, x_next = x_next, x
         yield State(i, row.t, x, x_next, history[0], plan)
+
+
+def _not_finite(finite: Bool, step: int, plan: Plan) -> str:
+    """What to say of an answer (B, ...) that is finite only where `finite` is."""
+    bad = np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1)).tolist()
+    samples = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    return (
+        f"the network's answer has NaN or infinity at step {step} of {len(plan)}, "
+        f"t = {plan.t[step - 1]}: {finite.size - np.count_nonzero(finite)} of {finite.size} "
+        f"values, in samples {samples} of the batch of {len(finite)} (from 0); use another "
+        "variant, such as fp32, verify the bundle, or export it again"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 from ddpm_edge import noise
 from ddpm_edge.arrays import Array, Int64
 from ddpm_edge.bundle import Manifest
-from ddpm_edge.errors import BundleError
+from ddpm_edge.errors import BundleError, OutOfMemoryError
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan, State, run_plan
 from ddpm_edge.runtimes.base import Engine
@@ -45,6 +45,11 @@ class Network:
         self._one_at_a_time: contextlib.AbstractContextManager[object] = (
             contextlib.nullcontext() if engine.concurrent else threading.Lock()
         )
+
+    def close(self) -> None:
+        """Free the engine, after the call that is under way where calls must not overlap."""
+        with self._one_at_a_time:
+            self.engine.close()
 
     def __call__(self, x: Array, t: int, labels: Labels, guidance: float | None = None) -> Array:
         """The answer (B, C, H, W), float32.
@@ -94,11 +99,28 @@ def sample_states(
         labels: int64 (len(samples),) or None.
         guidance: see `Network`.
         start: state to start from, float32 (B, C, H, W), left as it is; None = the prior's draw.
+
+    Raises:
+        NonFiniteError: the network answered with NaN or infinity.
+        OutOfMemoryError: too little memory for so many samples at once.
     """
-    draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
-    x = draws.rows(Stream.START, range(1))[0] if start is None else np.copy(start)
 
     def ask(x: Array, t: int) -> Array:
         return network(x, t, labels, guidance)
 
-    return run_plan(plan, x, ask, draws, network.manifest.prediction)
+    with enough_memory(len(samples)):
+        draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
+        x = draws.rows(Stream.START, range(1))[0] if start is None else np.copy(start)
+        yield from run_plan(plan, x, ask, draws, network.manifest.prediction)
+
+
+@contextlib.contextmanager
+def enough_memory(batch: int) -> Iterator[None]:
+    """Turn a MemoryError of NumPy or of an engine into one that says what to do."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"not enough memory for {batch} samples at once ({error}); give a smaller batch= (for "
+            "a stream or a warm-up, a smaller n)"
+        ) from error

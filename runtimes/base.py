@@ -43,13 +43,21 @@ class Engine(Protocol):
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model; the outputs are the caller's to keep.
 
+        Whatever interrupts the main thread (Ctrl-C, a signal handler of the app that raises) gets
+        out of a long call within moments, if the runtime can end one early.
+
         Raises:
-            EngineError: an input is missing, unknown, or of another shape or dtype.
+            EngineError: an input is missing, unknown, or of another shape or dtype; the engine is
+                closed; the runtime failed.
+            MemoryError: too little memory for this batch; a smaller one still works.
         """
         ...
 
     def close(self) -> None:
-        """Free what the engine holds; calling it again does nothing."""
+        """Free what the engine holds; calling it again does nothing.
+
+        Where calls may overlap, one that is under way in another thread still finishes.
+        """
         ...
 
     def __enter__(self) -> Engine: ...
@@ -57,8 +65,8 @@ class Engine(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
-def check_inputs(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> None:
-    """Raise EngineError unless `arrays` are exactly what `specs` describe."""
+def check_inputs(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> int:
+    """The batch size of `arrays`; EngineError unless they are exactly what `specs` describe."""
     if specs.keys() != arrays.keys():
         raise EngineError(
             f"the model takes inputs {', '.join(specs)}; got {', '.join(arrays) or 'none'}"
@@ -71,5 +79,6 @@ def check_inputs(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -
         if not fits or array.dtype != spec.dtype:
             raise EngineError(f"input {name!r} must be {spec}; got {array.dtype} {array.shape}")
     batches = {name: len(arrays[name]) for name in specs}
-    if len(set(batches.values())) > 1 or 0 in batches.values():
+    if len(set(batches.values())) != 1 or 0 in batches.values():
         raise EngineError(f"all inputs must have the same batch size >= 1; got {batches}")
+    return next(iter(batches.values()))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,7 +20,10 @@ from ddpm_edge.errors import (
     BundleError,
     ClosedError,
     ConfigError,
+    EngineError,
     ForkError,
+    NonFiniteError,
+    OutOfMemoryError,
     RuntimeUnavailableError,
 )
 
@@ -156,6 +162,81 @@ def test_leaving_a_stream_early(toy: Generator) -> None:
     assert toy.sample(1, seed=0).shape == (1, 28, 28, 1)
 
 
+class Fails(ToyEngine):
+    """Raises at its third call, as Ctrl-C or a runtime would."""
+
+    def __init__(self, error: BaseException, concurrent: bool) -> None:
+        super().__init__()
+        self.error, self.concurrent = error, concurrent  # type: ignore[misc]
+
+    def __call__(self, arrays: Any) -> Any:
+        answer = super().__call__(arrays)
+        if len(self.calls) == 3:
+            raise self.error
+        return answer
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (EngineError("it failed"), EngineError),
+        (MemoryError("no room"), OutOfMemoryError),
+    ],
+)
+def test_what_an_engine_raises_passes_and_nothing_stays_locked(
+    error: BaseException, expected: type[BaseException], concurrent: bool
+) -> None:
+    generator = Generator(Bundle.open(), Fails(error, concurrent), "fp32")
+    with pytest.raises(expected):
+        generator.sample(2, seed=0)
+    with ThreadPoolExecutor(1) as pool:  # a lock left behind would stop another thread
+        images = pool.submit(generator.sample, 2, seed=0).result(timeout=30)
+    assert (images == Generator(Bundle.open(), ToyEngine(), "fp32").sample(2, seed=0)).all()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda g: g.sample(9, batch=5), lambda g: g.warmup(5), lambda g: list(g.stream(5))],
+    ids=["sample", "warmup", "stream"],
+)
+def test_too_little_memory_names_the_batch_and_the_remedy(use: Any) -> None:
+    class Full(ToyEngine):
+        def __call__(self, arrays: Any) -> Any:
+            raise MemoryError("no room")
+
+    with pytest.raises(
+        OutOfMemoryError, match=r"for 5 samples at once \(no room\); give a smaller"
+    ):
+        use(Generator(Bundle.open(), Full(), "fp32"))
+
+
+def test_a_callback_s_memory_error_is_its_own(toy: Generator) -> None:
+    def fail(step: Step) -> None:
+        raise MemoryError("the app's")
+
+    with pytest.raises(MemoryError, match="the app's") as caught:
+        toy.sample(1, callback=fail)
+    assert not isinstance(caught.value, OutOfMemoryError)
+
+
+def test_an_answer_that_is_not_finite_is_an_error() -> None:
+    class Broken(ToyEngine):
+        def __call__(self, arrays: Any) -> Any:
+            answer = super().__call__(arrays)
+            if len(self.calls) == 2:
+                answer["prediction"][1] = np.inf
+            return answer
+
+    generator = Generator(Bundle.open(), Broken(), "fp32")
+    with pytest.raises(
+        NonFiniteError, match=r"step 2 of 4, t = 750: 784 of 1568 values, in samples 1 of the batch"
+    ):
+        generator.sample(2, seed=0, steps=4)
+    assert generator.sample(2, seed=0, steps=4).shape == (2, 28, 28, 1)
+
+
 # Plans
 
 
@@ -190,11 +271,62 @@ def test_warmup_evaluates_once() -> None:
     assert [call["x"].shape for call in engine.calls] == [(3, 1, 28, 28)]
 
 
-def test_threads_share_a_generator(generator: Generator) -> None:
-    expected = [generator.sample(1, seed=i, steps=4) for i in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda i: generator.sample(1, seed=i, steps=4), range(8)))
-    assert all((a == b).all() for a, b in zip(expected, got, strict=True))
+def test_eight_threads_share_a_generator(generator: Generator) -> None:
+    def image(i: int) -> np.ndarray:
+        return generator.sample(1, seed=i, label=i % 10, steps=1 + i % 2)
+
+    expected = [image(i) for i in range(50)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda call: image(call % 50), range(8 * 50)))
+    assert all((got[call] == expected[call % 50]).all() for call in range(8 * 50))
+
+
+def test_close_while_others_sample(generator: Generator) -> None:
+    expected = generator.sample(1, seed=0, steps=2)
+
+    def sample_until_closed(shared: Generator, under_way: threading.Event) -> str:
+        for i in itertools.count():
+            try:
+                assert (shared.sample(1, seed=0, steps=2) == expected).all()
+            except (ClosedError, EngineError) as error:
+                return str(error)
+            if i == 1:
+                under_way.set()
+        raise AssertionError
+
+    for _ in range(3):  # and open it again
+        shared = Generator.load(device="cpu")
+        events = [threading.Event() for _ in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            ends = [pool.submit(sample_until_closed, shared, event) for event in events]
+            assert all(event.wait(timeout=60) for event in events)
+            shared.close()
+            assert all("is closed" in end.result(timeout=60) for end in ends)
+
+
+def test_close_waits_for_a_call_that_must_not_be_overlapped() -> None:
+    class Fragile(ToyEngine):
+        concurrent = False
+        began, go_on = threading.Event(), threading.Event()
+
+        def __call__(self, arrays: Any) -> Any:
+            self.began.set()
+            assert self.go_on.wait(timeout=60)
+            assert not self.closed
+            return super().__call__(arrays)
+
+    engine = Fragile()
+    generator = Generator(Bundle.open(), engine, "fp32")
+    with ThreadPoolExecutor(2) as pool:
+        sampling = pool.submit(generator.warmup)
+        assert engine.began.wait(timeout=60)
+        closing = pool.submit(generator.close)
+        time.sleep(0.05)
+        assert not closing.done()
+        engine.go_on.set()
+        closing.result(timeout=60)
+        sampling.result(timeout=60)
+    assert engine.closed
 
 
 def test_calls_of_an_engine_that_is_not_concurrent_do_not_overlap() -> None:
@@ -224,7 +356,35 @@ def test_a_forked_child_gets_an_error_not_a_hang(toy: Generator) -> None:
         except ForkError as error:
             os._exit(0 if "call Generator.load in the child" in str(error) else 2)
         os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+    assert _end_of(child, seconds=30) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_close_in_a_forked_child_leaves_the_engine_alone() -> None:
+    pytest.importorskip("onnxruntime")
+    with Generator.load(device="cpu", threads=4) as generator:  # threads that the child lacks
+        before = generator.sample(1, seed=0, steps=1)
+        child = os.fork()
+        if child == 0:
+            with generator:
+                pass
+            generator.close()
+            os._exit(0 if generator._network is not None else 1)
+        assert _end_of(child, seconds=30) == 0
+        assert (generator.sample(1, seed=0, steps=1) == before).all()
+
+
+def _end_of(child: int, seconds: float) -> int:
+    """The wait status of a child, which is killed if it takes longer."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
 
 # What does not fit

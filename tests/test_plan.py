@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ddpm_edge import samplers
-from ddpm_edge.errors import ConfigError
+from ddpm_edge.errors import ConfigError, NonFiniteError
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan, prediction_to_form, run_plan
 from ddpm_edge.schedule import Schedule
@@ -192,3 +192,33 @@ def test_the_loop_allocates_no_array_a_step() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < x.nbytes / 10  # Python's own numbers and tuples; one array would be ten times it
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_not_finite_is_an_error_that_says_where(bad: float) -> None:
+    whole = samplers.ddim(Schedule.linear(), 50, clip=1.0)  # clipping would hide an infinity
+
+    def ask(x: np.ndarray, t: int) -> np.ndarray:
+        answer = np.zeros_like(x)
+        if t == whole.t[11]:
+            answer[1, :2] = answer[3, 0] = bad
+        return answer
+
+    states = run_plan(whole, np.zeros((4, 3), np.float32), ask, draw)
+    with pytest.raises(NonFiniteError) as caught:
+        assert [next(states).index for _ in range(50)] == []
+    assert isinstance(caught.value, ArithmeticError)
+    message = (
+        f"NaN or infinity at step 12 of 50, t = {whole.t[11]}: 3 of 12 values, in samples 1, 3 of"
+    )
+    assert message in str(caught.value)
+    assert "use another variant, such as fp32, verify the bundle, or export" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_answers_are_finite() -> None:
+    large = np.full((2, 3), np.finfo(np.float32).max, np.float32)
+    *_, last = run_plan(samplers.ddim(Schedule.linear(), 3, clip=1.0), np.zeros_like(large),
+                        lambda x, t: large, draw, "x0")  # fmt: skip
+    assert np.isfinite(last.x).all()

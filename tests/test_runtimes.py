@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +18,7 @@ from helpers import ToyEngine
 
 from ddpm_edge.bundle import BUILT_IN
 from ddpm_edge.errors import ConfigError, EngineError, RuntimeUnavailableError
-from ddpm_edge.runtimes import Engine, open_engine, select
+from ddpm_edge.runtimes import Engine, onnx_runtime, open_engine, select
 from ddpm_edge.runtimes.base import check_inputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -131,6 +138,157 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_check_inputs_agrees_with_the_toy() -> None:
     toy = ToyEngine()
     check_inputs(toy.inputs, arrays())
+
+
+# Interrupts: a signal reaches Python only between two instructions of the main thread
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """y = x, float32 (any, 512), in a thousand products: microseconds a row, minutes for many."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    size, count = 512, 1000
+    names = ["x", *(f"x{i}" for i in range(1, count)), "y"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [names[i], "w"], [names[i + 1]]) for i in range(count)],
+        "slow",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", size])],
+        [numpy_helper.from_array(np.eye(size, dtype=np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path = tmp_path_factory.mktemp("slow") / "slow.onnx"
+    onnx.save(model, path)
+    return path
+
+
+INTERRUPTED = """
+import sys, threading
+import numpy as np
+from ddpm_edge.runtimes import open_engine
+
+engine = open_engine(sys.argv[1], device="cpu")
+warm, before = "warm" in sys.argv, threading.active_count()
+few, many = np.ones((1, 512), np.float32), np.ones((16384, 512), np.float32)
+if warm:  # the adapter knows its pace, not how long a larger batch takes
+    engine({"x": few})
+print("running", flush=True)
+try:
+    engine({"x": many})
+except KeyboardInterrupt:
+    assert (engine({"x": few})["y"] == few).all()
+    assert threading.active_count() == before
+    print("interrupted, and usable", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("state", ["fresh", "warm"])
+def test_ctrl_c_ends_a_long_call(slow_model: Path, state: str) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, slow_model, state], stdout=-1, stderr=-1, text=True
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "running\n"
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=20)  # the call takes a minute and more
+    finally:
+        child.kill()
+    assert (out, err) == ("interrupted, and usable\n", "")
+
+
+def test_only_the_main_thread_s_slow_calls_are_handed_to_another(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed = []
+
+    def run(session: Any, names: list[str], feed: Mapping[str, np.ndarray]) -> Any:
+        handed.append(len(feed["x"]))
+        return session.run(names, feed)
+
+    monkeypatch.setattr(onnx_runtime, "_run_interruptibly", run)
+    monkeypatch.setattr(engine, "_seconds_a_sample", onnx_runtime.SLOW_SECONDS / 2)
+    engine(arrays(3))
+    assert handed == [3]
+    for seconds, batch in [(onnx_runtime.SLOW_SECONDS / 2, 1), (1e-9, 3)]:
+        monkeypatch.setattr(engine, "_seconds_a_sample", seconds)
+        engine(arrays(batch))
+    monkeypatch.setattr(engine, "_seconds_a_sample", 60.0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(engine, arrays(3)).result()
+    assert handed == [3]
+
+
+def test_a_program_may_sample_while_it_ends() -> None:
+    code = (
+        "import atexit\nfrom ddpm_edge import Generator\ngenerator = Generator.load(device='cpu')\n"
+        "atexit.register(lambda: print(generator.sample(1, steps=1).shape))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("(1, 28, 28, 1)\n", "")
+
+
+# Failures
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("6 : RUNTIME_EXCEPTION : Non-zero status code: std::bad_alloc", MemoryError),
+        ("1 : FAIL : Failed to allocate memory for requested buffer of size 513", MemoryError),
+        ("1 : FAIL : CUDA failure 700: an illegal memory access", EngineError),
+    ],
+)
+def test_failed_runs(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, text: str, expected: type, slow: bool
+) -> None:
+    class Failing:
+        def run(self, *_: Any) -> Any:
+            raise Exception(text)  # the nearest common base of ONNX Runtime's own
+
+    monkeypatch.setattr(engine, "_session", Failing())
+    monkeypatch.setattr(engine, "_seconds_a_sample", 60.0 if slow else 0.0)
+    with pytest.raises(expected, match="ONNX Runtime.*" + text.rpartition(" : ")[2]):
+        engine(arrays())
+
+
+LIMITED = """
+import resource
+from ddpm_edge import Generator
+from ddpm_edge.errors import OutOfMemoryError
+
+generator = Generator.load(device="cpu")
+expected = generator.sample(1, seed=0, steps=2)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (300 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for batch in (512, 100_000):  # too much for ONNX Runtime, for NumPy
+    try:
+        generator.sample(batch, batch=batch, steps=2, seed=0)
+    except OutOfMemoryError as error:
+        assert isinstance(error, MemoryError)
+        print(error)
+    assert (generator.sample(1, seed=0, steps=2) == expected).all()
+print("usable")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_too_little_memory_leaves_the_generator_usable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    runtimes, numpys, last = done.stdout.splitlines()
+    assert "not enough memory for 512 samples at once (ONNX Runtime: " in runtimes
+    assert "not enough memory for 100000 samples at once (Unable to allocate" in numpys
+    assert "give a smaller batch=" in runtimes
+    assert last == "usable"
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ddpm_edge import __version__
+from ddpm_edge.cli.bench import bench
 from ddpm_edge.cli.export import export
 from ddpm_edge.cli.info import info
 from ddpm_edge.cli.sample import sample
@@ -43,5 +44,5 @@ def main(verbose: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
 
 
-for command in (train, export, sample, info, verify):
+for command in (train, export, sample, info, verify, bench):
     main.add_command(command)

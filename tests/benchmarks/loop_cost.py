@@ -10,29 +10,10 @@ noise at every step (ddpm) and one that never does (ddim). The median of the run
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
-
-import numpy as np
 
 from ddpm_edge import Bundle, Generator, noise
+from ddpm_edge.bench import TimedEngine
 from ddpm_edge.runtimes import open_engine
-
-
-class TimedEngine:
-    """An engine that adds up the time of its calls."""
-
-    def __init__(self, engine) -> None:
-        self._engine, self.seconds = engine, 0.0
-
-    def __getattr__(self, name: str):
-        return getattr(self._engine, name)
-
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        start = time.perf_counter()
-        try:
-            return self._engine(arrays)
-        finally:
-            self.seconds += time.perf_counter() - start
 
 
 def main() -> None:

@@ -1,0 +1,230 @@
+"""How fast a bundle runs here: loading, the first image, a step, and what the loop itself costs."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm_edge import checks
+from ddpm_edge.arrays import Array
+from ddpm_edge.bundle import Bundle
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.generator import Generator
+from ddpm_edge.runtimes import Engine, open_engine
+
+Progress = Callable[[float, str], object]  # the share that is done, 0..1, and a note
+
+
+class TimedEngine:
+    """An engine that adds up the `seconds` of its calls, which must not overlap."""
+
+    concurrent = False
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.seconds = engine, 0.0
+        self.runtime, self.device = engine.runtime, engine.device
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate the model (see `Engine`)."""
+        start = time.perf_counter()
+        try:
+            return self._engine(arrays)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Close the engine."""
+        self._engine.close()
+
+    def __enter__(self) -> TimedEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What was measured at one batch size; medians over the runs.
+
+    Attributes:
+        batch: images at once.
+        steps: rows of the plan.
+        ms_a_step: wall-clock time of a step, milliseconds.
+        ms_a_step_min, ms_a_step_max: of the fastest and the slowest run.
+        loop_us: of a step, what was spent outside the engine, microseconds.
+        loop_percent: the same as a share of the step.
+    """
+
+    batch: int
+    steps: int
+    ms_a_step: float
+    ms_a_step_min: float
+    ms_a_step_max: float
+    loop_us: float
+    loop_percent: float
+
+    @property
+    def steps_a_second(self) -> float:
+        """Steps of the whole batch."""
+        return 1e3 / self.ms_a_step
+
+    @property
+    def images_a_second(self) -> float:
+        """Finished images, all steps of the plan."""
+        return self.batch * 1e3 / (self.ms_a_step * self.steps)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `bench` measured.
+
+    Attributes:
+        name: of the model.
+        path: of the bundle.
+        plan: what ran.
+        variant: precision of the network.
+        runtime: runtime and device that really ran, such as "onnxruntime on cpu".
+        cpus: CPUs that this process may use.
+        runs: how often each batch size ran.
+        load_ms: from nothing to a Generator, with the runtime's import if this process had not
+            imported it yet; milliseconds.
+        first_image_ms: from the start of loading to the first image, milliseconds.
+        batches: one a batch size.
+        peak_memory_mb: the most memory that this process has held so far, resident, in units of
+            10**6 bytes; None where the system does not say.
+    """
+
+    name: str
+    path: str
+    plan: str
+    variant: str
+    runtime: str
+    cpus: int
+    runs: int
+    load_ms: float
+    first_image_ms: float
+    batches: tuple[BatchReport, ...]
+    peak_memory_mb: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON, with the steps and images a second."""
+        rates = [
+            asdict(b) | {"steps_a_second": b.steps_a_second, "images_a_second": b.images_a_second}
+            for b in self.batches
+        ]
+        return asdict(self) | {"batches": rates}
+
+
+def bench(
+    path: str | Path | None = None,
+    *,
+    batches: Sequence[int] = (1, 4),
+    runs: int = 5,
+    runtime: str = "auto",
+    device: str | None = None,
+    variant: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **plan: Any,
+) -> Report:
+    """Measure a bundle on this machine, in this process.
+
+    Args:
+        path: the bundle's directory; None = the built-in model.
+        batches: batch sizes to measure, each >= 1.
+        runs: whole plans that run for each batch size, >= 1, after one evaluation to warm up.
+        runtime: see `Generator.load`.
+        device: see `Generator.load`.
+        variant: see `Generator.load`.
+        threads: see `Generator.load`.
+        progress: called after every run.
+        **plan: sampler, steps and the sampler's options; see `Generator.plan`.
+
+    Raises:
+        ConfigError: an argument that cannot work; nothing has run then.
+        DdpmEdgeError: as `Generator.load` and `Generator.run` raise them.
+    """
+    batches = [checks.whole("batch", batch) for batch in batches]
+    runs = checks.whole("runs", runs)
+    if not batches:
+        raise ConfigError("batches is empty; give at least one batch size, such as 1")
+    start = time.perf_counter()
+    bundle = Bundle.open(path)
+    plan_name = bundle.manifest.make_plan(**plan).name
+    variant, model = bundle.model(variant)
+    engine = TimedEngine(open_engine(model, runtime, device, threads))
+    with engine, Generator(bundle, engine, variant) as generator:
+        load_ms = (time.perf_counter() - start) * 1e3
+        generator.sample(1, seed=0, **plan)
+        first_image_ms = (time.perf_counter() - start) * 1e3
+        reports, done = [], 0
+        for batch in batches:
+            generator.warmup(batch)
+            measured = []
+            for _ in range(runs):
+                measured.append(_run(generator, engine, batch, plan))
+                done += batch  # about what it costs
+                if progress is not None:
+                    progress(done / (runs * sum(batches)), f"batch {batch}")
+            reports.append(_batch_report(batch, measured))
+        where = generator.runtime
+    return Report(
+        name=bundle.manifest.name,
+        path=str(bundle.path),
+        plan=plan_name,
+        variant=variant,
+        runtime=where,
+        cpus=_cpus(),
+        runs=runs,
+        load_ms=load_ms,
+        first_image_ms=first_image_ms,
+        batches=tuple(reports),
+        peak_memory_mb=_peak_memory_mb(),
+    )
+
+
+def _run(
+    generator: Generator, engine: TimedEngine, batch: int, plan: Mapping[str, Any]
+) -> tuple[int, float, float]:
+    """One plan: its rows, the seconds of all and those outside the engine."""
+    engine.seconds = 0.0
+    result = generator.run(batch, batch=batch, seed=0, **plan)
+    seconds = result.milliseconds / 1e3
+    return len(result.plan), seconds, seconds - engine.seconds
+
+
+def _batch_report(batch: int, measured: Sequence[tuple[int, float, float]]) -> BatchReport:
+    steps = measured[0][0]
+    ms = [seconds / steps * 1e3 for _, seconds, _ in measured]
+    return BatchReport(
+        batch=batch,
+        steps=steps,
+        ms_a_step=statistics.median(ms),
+        ms_a_step_min=min(ms),
+        ms_a_step_max=max(ms),
+        loop_us=statistics.median(loop / steps * 1e6 for _, _, loop in measured),
+        loop_percent=statistics.median(100 * loop / seconds for _, seconds, loop in measured),
+    )
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use all of them
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _peak_memory_mb() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

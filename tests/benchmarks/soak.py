@@ -1,0 +1,80 @@
+"""Does memory grow over ten thousand calls? Fails if it does by 1 KB a call or more.
+
+    python tests/benchmarks/soak.py                     # 10,000 calls of the built-in model
+    python tests/benchmarks/soak.py --leak 2000         # the same with a leak that must be found
+
+Short calls (1 or 2 steps) whose seeds, labels, guidance and batch sizes vary. The process's
+resident memory is read after every call; the figure is the least-squares slope of the readings
+after the first fifth of the calls, which fills caches and the runtime's arena: fewer than about
+2,000 calls still see that settle.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_edge import Generator
+
+LIMIT = 1024.0  # bytes a call
+STATM = Path("/proc/self/statm")
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; where there is no /proc, at most until now."""
+    if STATM.exists():
+        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def slope(readings: np.ndarray) -> float:
+    """Least-squares growth from one reading to the next, without the first fifth of them."""
+    y = readings[len(readings) // 5 :].astype(np.float64)
+    x = np.arange(len(y)) - (len(y) - 1) / 2
+    return float(x @ (y - y.mean()) / (x @ x))
+
+
+def sample(generator: Generator, i: int) -> None:
+    """Call number i."""
+    labels = len(generator.class_names)
+    label = None if i % 3 == 0 else i % labels
+    generator.sample(
+        1 + i % 3,
+        label=label,
+        guidance=2.0 if i % 3 == 2 else None,
+        sampler=("ddim", "ddpm")[i % 2],
+        steps=1 + i % 2,
+        seed=i,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calls", type=int, default=10_000)
+    parser.add_argument("--leak", type=int, default=0, help="bytes to lose at every call")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one evaluation")
+    a = parser.parse_args()
+    readings = np.full(a.calls, -1, np.int64)  # written to: all its memory is there from the start
+    lost = []
+    start = time.perf_counter()
+    with Generator.load(device="cpu", threads=a.threads) as generator:
+        for i in range(a.calls):
+            sample(generator, i)
+            if a.leak:
+                lost.append(b"x" * a.leak)
+            readings[i] = resident()
+    growth = slope(readings)
+    print(
+        f"{a.calls} calls in {time.perf_counter() - start:.0f} s: {growth:+.1f} bytes a call, "
+        f"limit {LIMIT:.0f}; resident {readings[0] / 1e6:.1f} MB at first, "
+        f"{readings[len(readings) // 5] / 1e6:.1f} after a fifth, {readings[-1] / 1e6:.1f} at last"
+    )
+    return 1 if growth >= LIMIT else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
