@@ -8,11 +8,21 @@ import numpy as np
 
 from ddpm_edge.errors import ConfigError
 
+MOST = 2**63 - 1  # what int64 holds
 
-def whole(name: str, value: Any, least: int = 1, error: type[ConfigError] = ConfigError) -> int:
-    """`value` as int, if it is a whole number >= least."""
+
+def whole(
+    name: str,
+    value: Any,
+    least: int = 1,
+    most: int = MOST,
+    error: type[ConfigError] = ConfigError,
+) -> int:
+    """`value` as int, if it is a whole number in least..most."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise error(f"{name} must be a whole number >= {least}; got {value!r}")
+    if value > most:
+        raise error(f"{name} must be a whole number <= {most}; got {value!r}")
     return int(value)
 
 
@@ -20,4 +30,7 @@ def number(name: str, value: Any, error: type[ConfigError] = ConfigError) -> flo
     """`value` as float, if it is a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise error(f"{name} must be a number; got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as overflow:
+        raise error(f"{name} must be a number that float64 can hold; got {value!r}") from overflow

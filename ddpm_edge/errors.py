@@ -60,4 +60,4 @@ class ForkError(DdpmEdgeError, RuntimeError):
 
 
 class ClosedError(DdpmEdgeError, RuntimeError):
-    """A Generator that was closed."""
+    """A Generator or an engine that was closed."""

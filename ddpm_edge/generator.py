@@ -26,7 +26,7 @@ Label = int | str | None
 MAX_BATCH = 16  # samples in one engine call unless `batch` says otherwise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One step of a running generation. The arrays are copies: keep them.
 
@@ -50,7 +50,7 @@ class Step:
 Callback = Callable[[Step], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """What a run made.
 
@@ -134,7 +134,7 @@ class Generator:
     def close(self) -> None:
         """Free the engine. Calling it again does nothing, and so does a forked child's call.
 
-        Other threads that are sampling end with an EngineError or a ClosedError.
+        Other threads that are sampling end with a ClosedError.
         """
         if os.getpid() != self._pid:  # its threads stayed in the parent: freeing it crashes
             return
@@ -252,15 +252,18 @@ class Generator:
         start = time.perf_counter()
         batch = MAX_BATCH if batch is None else batch
         request = self._request(n, label, guidance, sampler, steps, seed, first, batch, options)
+        network, runtime = self._open(), self.runtime
         if dtype not in ("uint8", "float32"):
             raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {dtype!r}")
         images: list[Array] = []
         stopped = False
         for chunk in request.chunks():
             state = None
-            for state in self._states(request, chunk):
-                if callback is not None and callback(request.step(state, chunk)) is True:
-                    stopped = True
+            for state in request.states(network, chunk):
+                if callback is not None:
+                    answer = callback(request.step(state, chunk))
+                    stopped = isinstance(answer, (bool, np.bool_)) and bool(answer)
+                if stopped:
                     break
             if state is not None:  # always: a plan has at least one row
                 images.append(to_images(state.x0() if stopped else state.x, dtype))
@@ -270,7 +273,7 @@ class Generator:
             images=np.concatenate(images),
             seed=request.seed,
             plan=request.plan,
-            runtime=self.runtime,
+            runtime=runtime,
             variant=self.variant,
             milliseconds=(time.perf_counter() - start) * 1e3,
             stopped=stopped,
@@ -295,7 +298,8 @@ class Generator:
         """
         request = self._request(n, label, guidance, sampler, steps, seed, first, n, options)
         (chunk,) = request.chunks()
-        return (request.step(state, chunk) for state in self._states(request, chunk))
+        states = request.states(self._open(), chunk)
+        return (request.step(state, chunk) for state in states)
 
     # How it is done
 
@@ -326,11 +330,11 @@ class Generator:
             guidance=None if guidance == 1.0 else guidance,
             plan=self.plan(sampler, steps, **options),
             seed=noise.check_seed(seed),
-            first=checks.whole("first", first, least=0),
+            first=checks.whole("first", first, least=0, most=checks.MOST - n),
             batch=checks.whole("batch", batch),
         )
 
-    def _labels(self, label: Label | Sequence[Label], n: int) -> Labels:
+    def _labels(self, label: Any, n: int) -> Labels:
         """int64 (n,) for the network, or None where it takes no label."""
         names = self.class_names
         if not names:
@@ -340,22 +344,13 @@ class Generator:
                     "label out"
                 )
             return None
-        labels: list[Label]
-        if label is None or isinstance(label, (int, np.integer, str)):
-            labels = [label] * n
-        else:
-            labels = list(label)
+        many = isinstance(label, (list, tuple, range)) or (
+            isinstance(label, np.ndarray) and label.ndim == 1
+        )
+        labels = list(label) if many else [label] * n
         if len(labels) != n:
             raise ConfigError(f"got {len(labels)} labels for n = {n} images; give one or n of them")
         return np.array([_label_number(value, names) for value in labels], np.int64)
-
-    def _states(self, request: _Request, chunk: range) -> Iterator[State]:
-        """The loop over one chunk of samples."""
-        part = slice(chunk.start - request.first, chunk.stop - request.first)
-        labels = None if request.labels is None else request.labels[part]
-        return sample_states(
-            self._open(), request.plan, request.seed, chunk, labels, request.guidance
-        )
 
     def _open(self) -> Network:
         if os.getpid() != self._pid:
@@ -384,6 +379,12 @@ class _Request:
         """The sample indices of each batch."""
         end = self.first + self.n
         return [range(i, min(i + self.batch, end)) for i in range(self.first, end, self.batch)]
+
+    def states(self, network: Network, chunk: range) -> Iterator[State]:
+        """The loop over one chunk of samples."""
+        part = slice(chunk.start - self.first, chunk.stop - self.first)
+        labels = None if self.labels is None else self.labels[part]
+        return sample_states(network, self.plan, self.seed, chunk, labels, self.guidance)
 
     def step(self, state: State, chunk: range) -> Step:
         """The public form of the loop's state."""

@@ -24,7 +24,7 @@ FORMS = ("x0", "eps")
 PREDICTIONS = ("eps", "x0", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The table of a sampler, N rows in the order they run.
 
@@ -184,7 +184,7 @@ def prediction_to_form(
     return 1.0 / noise, -signal / noise  # eps from x0
 
 
-@dataclass
+@dataclass(eq=False)
 class State:
     """Where a running plan is. The arrays are the loop's own: they change when it goes on."""
 

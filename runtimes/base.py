@@ -47,8 +47,9 @@ class Engine(Protocol):
         out of a long call within moments, if the runtime can end one early.
 
         Raises:
-            EngineError: an input is missing, unknown, or of another shape or dtype; the engine is
-                closed; the runtime failed.
+            EngineError: an input is missing, unknown, or of another shape or dtype; the runtime
+                failed.
+            ClosedError: the engine was closed.
             MemoryError: too little memory for this batch; a smaller one still works.
         """
         ...

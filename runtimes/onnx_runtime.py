@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import EngineError, RuntimeUnavailableError
+from ddpm_edge.errors import ClosedError, EngineError, RuntimeUnavailableError
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
+
+log = logging.getLogger("ddpm_edge")
 
 NAME = "onnxruntime"
 REMEDY = "pip install 'ddpm-edge[cpu]', or 'ddpm-edge[gpu]' for an NVIDIA GPU"
@@ -60,11 +63,8 @@ class OnnxRuntimeEngine:
         providers: list[Any] = ["CPUExecutionProvider"]
         if provider == "CUDAExecutionProvider":
             providers.insert(0, (provider, {"device_id": number, "use_tf32": 0}))
-        try:
-            source = model if isinstance(model, bytes) else str(model)
-            session = onnxruntime.InferenceSession(source, options, providers=providers)
-        except Exception as error:  # its exception classes have only Exception in common
-            raise EngineError(f"ONNX Runtime cannot load the model: {error}") from error
+        source = model if isinstance(model, bytes) else str(model)
+        session = _open(source, options, providers, by_name=device is not None)
         got = session.get_providers()[0]
         if device is not None and got != provider:
             raise RuntimeUnavailableError(
@@ -83,7 +83,7 @@ class OnnxRuntimeEngine:
         """Evaluate the model (see `Engine`)."""
         session = self._session
         if session is None:
-            raise EngineError("the engine is closed; open it again")
+            raise ClosedError("the engine was closed; open it again")
         batch = check_inputs(self.inputs, arrays)
         names, feed = list(self.outputs), dict(arrays)
         slow = batch * self._seconds_a_sample > SLOW_SECONDS
@@ -107,6 +107,19 @@ class OnnxRuntimeEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _open(source: str | bytes, options: Any, providers: list[Any], by_name: bool) -> Any:
+    """A session; one that was not asked for by name falls back to the CPU, and logs it."""
+    import onnxruntime
+
+    try:  # without its own fall back, which prints to stdout
+        return onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # its exception classes have only Exception in common
+        if len(providers) > 1 and not by_name:
+            log.warning("ONNX Runtime cannot use the GPU (%s); it takes the CPU", error)
+            return _open(source, options, providers[1:], by_name)
+        raise EngineError(f"ONNX Runtime cannot load the model: {error}") from error
 
 
 def _run_options() -> Any:

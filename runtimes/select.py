@@ -11,6 +11,8 @@ from ddpm_edge.errors import RuntimeUnavailableError
 from ddpm_edge.runtimes import onnx_runtime
 from ddpm_edge.runtimes.base import Engine
 
+MAX_THREADS = 1024
+
 log = logging.getLogger("ddpm_edge")
 
 Opener = Callable[[str | Path | bytes, str | None, int | None], Engine]
@@ -39,7 +41,7 @@ def open_engine(
         EngineError: the model cannot be loaded.
     """
     if threads is not None:
-        threads = checks.whole("threads", threads)
+        threads = checks.whole("threads", threads, most=MAX_THREADS)
     if runtime != "auto" and runtime not in RUNTIMES:
         raise RuntimeUnavailableError(
             f"unknown runtime {runtime!r}; runtimes are auto, {', '.join(RUNTIMES)}"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 pytest.importorskip("onnxruntime")
 
 from ddpm_edge import bundle, features
-from ddpm_edge.errors import ConfigError, EngineError
+from ddpm_edge.errors import ClosedError, ConfigError, EngineError
 from ddpm_edge.features import FeatureNetwork
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -118,7 +118,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_closes() -> None:
     with FeatureNetwork.fashion_mnist() as network:
         network(images(1))
-    with pytest.raises(EngineError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         network(images(1))
 
 

@@ -17,7 +17,7 @@ import pytest
 from helpers import ToyEngine
 
 from ddpm_edge.bundle import BUILT_IN
-from ddpm_edge.errors import ConfigError, EngineError, RuntimeUnavailableError
+from ddpm_edge.errors import ClosedError, ConfigError, EngineError, RuntimeUnavailableError
 from ddpm_edge.runtimes import Engine, onnx_runtime, open_engine, select
 from ddpm_edge.runtimes.base import check_inputs
 
@@ -51,7 +51,7 @@ def test_lifecycle(engine: Engine) -> None:
     opened = open_engine(MODEL.read_bytes())
     opened.close()
     opened.close()
-    with pytest.raises(EngineError, match="the engine is closed"):
+    with pytest.raises(ClosedError, match="the engine was closed"):
         opened(arrays())
 
 
@@ -97,9 +97,9 @@ def test_missing_file(tmp_path: Path) -> None:
         open_engine(tmp_path / "none.onnx")
 
 
-@pytest.mark.parametrize("threads", [0, -1, True, 1.0])
+@pytest.mark.parametrize("threads", [0, -1, True, 1.0, 2**40])
 def test_threads(threads: Any) -> None:
-    with pytest.raises(ConfigError, match="threads must be a whole number >= 1"):
+    with pytest.raises(ConfigError, match="threads must be a whole number [<>]= 1"):
         open_engine(MODEL, threads=threads)
 
 
@@ -114,12 +114,35 @@ def test_a_device_asked_for_by_name_runs_or_raises(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda model, options, providers: real(model, options, providers=both[1:]),
+        lambda model, options, providers, enable_fallback: real(model, options, both[1:]),
     )
     with pytest.raises(RuntimeUnavailableError, match="'cuda:0' was asked for, but .* runs on CPU"):
         open_engine(MODEL, device="cuda:0")
     with open_engine(MODEL) as engine:  # not asked for by name: the CPU it is, and it says so
         assert engine.device == "cpu"
+
+
+def test_a_gpu_that_fails_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    real = onnxruntime.InferenceSession
+
+    def session(model: Any, options: Any, providers: list[Any], enable_fallback: int) -> Any:
+        assert not enable_fallback  # ONNX Runtime's own prints to stdout
+        if len(providers) > 1:
+            raise RuntimeError("CUDA failure 35: CUDA driver version is insufficient")
+        return real(model, options, providers)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(EngineError, match="cannot load the model: CUDA failure 35"):
+        open_engine(MODEL, device="cuda")
+    with open_engine(MODEL) as engine:
+        assert engine.device == "cpu"
+    assert "cannot use the GPU (CUDA failure 35" in caplog.text
+    assert capfd.readouterr() == ("", "")
 
 
 def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
