@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from ddpm_edge import Generator, Step, save_grid, save_image
 from ddpm_edge.cli.options import plan_options, runtime_options
 from ddpm_edge.cli.output import Progress, command_line
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.files import atomic_write, check_writable
+from ddpm_edge.files import check_writable, write_bytes
 
 
 @click.command()
@@ -122,8 +123,9 @@ def saver(output: Path) -> Callable[[Any], None]:
             for i, image in enumerate(images):
                 save_image(image, output / f"{i:05d}.png")
         elif suffix == ".npy":
-            with atomic_write(output) as file:
-                np.save(file, images)
+            buffer = io.BytesIO()  # NumPy's own write to a file does not notice a full disk
+            np.save(buffer, images)
+            write_bytes(output, buffer.getvalue())
         else:
             save_grid(images, output)
 

@@ -220,6 +220,8 @@ def resume(
         "resumed_at": [*config.get("resumed_at", []), training.step],
     }
     if workers.index == 0:
+        for torn in (directory / "checkpoints").glob(".*.tmp"):  # a kill in the middle of writing
+            torn.unlink()
         keep_metrics(directory, training.step)
         _write_config(directory, config)
     recording = _recorded(directory, config, training, ema, losses, data, validation, workers)
