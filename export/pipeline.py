@@ -13,6 +13,7 @@ from ddpm_edge import bundle
 from ddpm_edge.bundle import Bundle, Manifest, check_target, write_bundle
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.export.gate import Report, check
+from ddpm_edge.onnx_check import check_model
 from ddpm_edge.plan import PREDICTIONS
 from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule
@@ -61,6 +62,7 @@ def export(
 
     Raises:
         ParityError: the exported network answers differently; nothing is written then.
+        BundleError: the network does what no bundle's may do (see `ddpm_edge.onnx_check`).
         RuntimeUnavailableError: a package that export needs is missing.
     """
     from ddpm_edge.export.to_onnx import to_onnx
@@ -88,6 +90,7 @@ def export(
     )
     manifest.make_plan()  # a default plan that cannot run is refused now
     data = to_onnx(model, manifest)
+    check_model(data, manifest)  # what Generator.load would refuse is refused now
     reference = Network(TorchEngine(model, sample_shape, bool(class_names)), manifest)
     with OnnxRuntimeEngine(data, device="cpu") as engine:
         figures, arrays = check(
