@@ -2,7 +2,7 @@
 
 The list of files is closed. Whatever is unknown, missing, changed, linked or of another size is
 refused before any parser sees its bytes, because a runtime loads most damaged models without a
-word and answers differently.
+word and answers differently. What a listed model may do is limited as well: see `onnx_check`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +31,9 @@ FORMAT = 1
 MANIFEST = "bundle.json"
 REFERENCE = "reference.npz"
 MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILE_BYTES = (2 << 30) - 1  # protobuf's own limit
+MAX_TIMESTEPS = 100_000  # a longer schedule is refused before its arrays are made
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 BUILT_IN = Path(__file__).parent / "bundles" / "fashion-mnist"
 
 
@@ -104,11 +108,17 @@ class Manifest:
             BundleError: a field is missing, of another type, or not understood.
         """
         try:
+            definition = _typed(document["schedule"], dict)
+            if _typed(definition.get("T", 0), int) > MAX_TIMESTEPS:
+                raise BundleError(
+                    f"{MANIFEST} says T = {definition['T']}; expected at most {MAX_TIMESTEPS} "
+                    "timesteps: export the model again"
+                )
             shape: Any = tuple(_typed(size, int) for size in _typed(document["sample_shape"], list))
             manifest = cls(
                 name=_typed(document["name"], str),
                 sample_shape=shape,
-                schedule=Schedule.from_dict(_typed(document["schedule"], dict)),
+                schedule=Schedule.from_dict(definition),
                 prediction=_typed(document["prediction"], str),
                 timestep_offset=_typed(document["timestep"]["offset"], int),
                 class_names=tuple(
@@ -128,6 +138,11 @@ class Manifest:
                 "null_label": (document["null_label"], manifest.null_label),
                 "noise_version": (document["noise_version"], noise.VERSION),
             }
+            understood = manifest.to_dict()
+            _known_keys("", document, [*understood, "files", "digest"])
+            _known_keys("timestep.", document["timestep"], understood["timestep"])
+            for name, variant in document["variants"].items():
+                _known_keys(f"variants.{name}.", variant, ["file", "parity"])
             manifest.make_plan()  # found now, not at the first image
         except KeyError as error:
             raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
@@ -198,15 +213,24 @@ class Bundle:
         """Name and ONNX bytes of a variant; None = fp32, or the only one there is.
 
         Raises:
-            BundleError: no such variant.
+            BundleError: no such variant, or a model that is no plain network of the manifest's
+                shapes.
         """
+        from ddpm_edge.onnx_check import check_model
+
         variants = self.manifest.variants
         name = variant or ("fp32" if "fp32" in variants else next(iter(variants)))
         if name not in variants:
             raise BundleError(
                 f"{self.path} has no variant {name!r}; its variants are {', '.join(variants)}"
             )
-        return name, self.read(variants[name]["file"])
+        file = variants[name]["file"]
+        data = self.read(file)
+        try:
+            check_model(data, self.manifest)
+        except BundleError as error:
+            raise BundleError(f"{self.path / file}: {error}") from error
+        return name, data
 
 
 def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
@@ -218,11 +242,14 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
         files: content by file name.
 
     Raises:
-        BundleError: `path` is something else than a bundle, which is then left alone.
+        BundleError: `path` is something else than a bundle, which is then left alone; a file has
+            a name that no bundle may hold.
         OSError: it cannot be written.
     """
     path = Path(path)
     check_target(path)
+    for name in files:
+        _check_name(path, name)
     document = manifest.to_dict() | {
         "files": {
             name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -337,6 +364,9 @@ def _check_files(directory: Path, document: dict[str, Any]) -> dict[str, dict[st
             name: {"size": _typed(entry["size"], int), "sha256": _typed(entry["sha256"], str)}
             for name, entry in _typed(document.get("files"), dict).items()
         }
+        for name, entry in document["files"].items():
+            _check_name(directory, name)
+            _known_keys(f"files.{name}.", entry, ["size", "sha256"])
     except (KeyError, TypeError) as error:
         raise BundleError(f"{directory / MANIFEST}: the list of files is not valid") from error
     there = {entry.name for entry in os.scandir(directory)} - {MANIFEST}
@@ -346,6 +376,11 @@ def _check_files(directory: Path, document: dict[str, Any]) -> dict[str, dict[st
             "bundle again"
         )
     for name, entry in files.items():
+        if entry["size"] > MAX_FILE_BYTES:
+            raise BundleError(
+                f"{MANIFEST} lists {name!r} with {entry['size']} bytes, more than the "
+                f"{MAX_FILE_BYTES} that a file may have; export a smaller network"
+            )
         if name not in there:
             raise BundleError(f"{directory} lacks {name!r}; copy the bundle again")
         status = os.lstat(directory / name)
@@ -359,6 +394,24 @@ def _check_files(directory: Path, document: dict[str, Any]) -> dict[str, dict[st
                 "the bundle again"
             )
     return files
+
+
+def _check_name(directory: Path, name: str) -> None:
+    if not FILE_NAME.fullmatch(name) or name.lower() == MANIFEST:
+        raise BundleError(
+            f"{directory}: {name!r} is not a plain file name; expected letters, digits and _ . + -,"
+            f" not starting with a dot, and not {MANIFEST}: export the model again"
+        )
+
+
+def _known_keys(where: str, entry: Any, names: Collection[str]) -> None:
+    """Refuse a field of the manifest that this version does not understand."""
+    for key in _typed(entry, dict):
+        if key not in names:
+            raise BundleError(
+                f"{MANIFEST} has an unknown field {where + key!r}, expected {', '.join(names)}; "
+                "pip install --upgrade ddpm-edge, or export the model again"
+            )
 
 
 def _digest(document: dict[str, Any]) -> str:

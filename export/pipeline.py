@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_edge.bundle import REFERENCE, Bundle, Manifest, check_target, write_bundle
-from ddpm_edge.errors import ConfigError
+from ddpm_edge.errors import BundleError, ConfigError, ExportError
 from ddpm_edge.export.gate import Report, check
+from ddpm_edge.onnx_check import check_model
 from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule
 
@@ -88,6 +89,7 @@ def export(
     model = copy.deepcopy(model).cpu().float().eval()
     check_network(model, manifest)
     data = to_onnx(Prediction(model), manifest)
+    check_exported(data, manifest)
     torchs = Network(TorchEngine(model, sample_shape, bool(class_names)), manifest)
     with OnnxRuntimeEngine(data, device="cpu") as engine:
         comparisons, reference = check(
@@ -133,6 +135,18 @@ def read_back(manifest: Manifest) -> Manifest:
         return Manifest.from_dict(json.loads(json.dumps(manifest.to_dict(), allow_nan=False)))
     except (TypeError, ValueError) as error:  # BundleError is a ValueError
         raise ConfigError(f"the bundle could not be read back: {error}") from error
+
+
+def check_exported(data: bytes, manifest: Manifest) -> None:
+    """Refuse now what `Generator.load` would refuse on the device (see `ddpm_edge.onnx_check`).
+
+    Raises:
+        ExportError: an operator that bundles may not hold, a size that is computed while running.
+    """
+    try:
+        check_model(data, manifest)
+    except BundleError as error:
+        raise ExportError(f"no device would load the exported network: {error}") from error
 
 
 def default_plan(schedule: Schedule, given: Mapping[str, Any]) -> dict[str, Any]:

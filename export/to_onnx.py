@@ -103,8 +103,9 @@ def _strip(proto: onnx.ModelProto) -> None:
     for node in proto.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+    for value in (*proto.graph.input, *proto.graph.output):
         value.ClearField("metadata_props")
+    proto.graph.ClearField("value_info")  # whoever needs shapes infers them; loading reads less
     proto.graph.ClearField("metadata_props")
     proto.graph.name = "ddpm-edge"
 
