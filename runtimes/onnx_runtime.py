@@ -142,8 +142,8 @@ def _run_interruptibly(session: Any, names: list[str], feed: dict[str, Array]) -
 
     Python acts on Ctrl-C, or on any signal that the app handles, only between two instructions of
     the main thread. So another thread runs the session, for this one call, while the main thread
-    waits. ONNX Runtime ends a run between two of the model's operators. The hand-off costs about
-    0.1 ms: not for models that are done in a few.
+    waits. ONNX Runtime ends a run between two of the model's operators. The hand-off costs a few
+    tenths of a millisecond: not for a model that is done in milliseconds.
     """
     options = _run_options()
     with futures.ThreadPoolExecutor(1) as helper:  # leaving it waits for the end of the run
