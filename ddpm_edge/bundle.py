@@ -15,12 +15,13 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ddpm_edge import noise
+from ddpm_edge import checks, noise
 from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.files import check_writable, sync_directory, temporary_name, write_bytes
 from ddpm_edge.plan import PREDICTIONS, Plan
@@ -69,6 +70,15 @@ class Manifest:
     def null_label(self) -> int | None:
         """The label that means "none", where the model has labels."""
         return len(self.class_names) or None
+
+    def properties(self) -> dict[str, str]:
+        """What an ONNX file repeats in its `metadata_props`, so that it explains itself alone."""
+        return {
+            "sample_shape": json.dumps(self.sample_shape),
+            "schedule": json.dumps(self.schedule.to_dict()),
+            "prediction": self.prediction,
+            "timestep_offset": str(self.timestep_offset),
+        }
 
     def make_plan(
         self, sampler: str | None = None, steps: int | None = None, **options: Any
@@ -143,6 +153,11 @@ class Manifest:
             _known_keys("timestep.", document["timestep"], understood["timestep"])
             for name, variant in document["variants"].items():
                 _known_keys(f"variants.{name}.", variant, ["file", "parity"])
+                for what, figure in _typed(variant.get("parity", {}), dict).items():
+                    where = f"variants.{name}.parity.{what}"
+                    _known_keys(f"{where}.", figure, ["max_abs_error", "tolerance"])
+                    for key in ("max_abs_error", "tolerance"):
+                        checks.number(f"{where}.{key}", figure[key])
             manifest.make_plan()  # found now, not at the first image
         except KeyError as error:
             raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
@@ -209,6 +224,15 @@ class Bundle:
             )
         return data
 
+    def check(self) -> None:
+        """Read every file once.
+
+        Raises:
+            BundleError: one was changed since the export.
+        """
+        for name in self.files:
+            self.read(name)
+
     def model(self, variant: str | None = None) -> tuple[str, bytes]:
         """Name and ONNX bytes of a variant; None = fp32, or the only one there is.
 
@@ -265,10 +289,11 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
             write_bytes(temporary / name, data)
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         write_bytes(temporary / MANIFEST, text.encode())
+        Bundle.open(temporary)  # what cannot be read must not take a good bundle's place
         _replace_directory(temporary, path)
+        sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # the old bundle, or what was half written
-    sync_directory(path.parent)
     return Bundle.open(path)
 
 
@@ -288,15 +313,20 @@ def _replace_directory(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    with contextlib.suppress(OSError, AttributeError):  # Linux: swap the two names at once
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        if renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
-            return
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # swap the two names at once
+            renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+            here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+            if renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
+                return
     # Elsewhere, or where the file system cannot: two renames, the old bundle kept until the end.
     old = new.with_suffix(".old")
     path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
     old.rename(new)
 
 

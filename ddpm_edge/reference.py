@@ -187,7 +187,7 @@ def _check_headers(
     expected = {f.name for f in fields(Reference)} - (set() if manifest.class_names else labels)
     if headers.keys() != expected:
         raise ValueError(f"it holds {sorted(headers)}, expected {sorted(expected)}")
-    k, n = headers["t"][0], headers["images"][0][:1]
+    k, n = headers["t"][0][:1] or (0,), headers["images"][0][:1] or (0,)
     shapes = {
         "seed": (), "steps": (), "t": k, "label": k, "images_label": n,
         "answer": (*k, *manifest.sample_shape), "images": (*n, *manifest.sample_shape),
@@ -195,5 +195,5 @@ def _check_headers(
     for name, (shape, dtype) in headers.items():
         kind = np.float32 if name in ("answer", "images") else np.int64
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if shape != shapes[name] or dtype != kind or len(k) != 1 or not 0 < size <= MAX_ARRAY_BYTES:
+        if shape != shapes[name] or dtype != kind or not 0 < size <= MAX_ARRAY_BYTES:
             raise ValueError(f"{name} is {dtype} {shape}, expected {np.dtype(kind)} {shapes[name]}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import re
 import warnings
@@ -38,13 +37,7 @@ def to_onnx(model: nn.Module, manifest: Manifest) -> bytes:
     names = ["t"] + (["label"] if manifest.class_names else [])
     example: dict[str, Array] = {"x": np.zeros((2, *manifest.sample_shape), np.float32)}
     example |= {name: np.zeros(2, np.int64) for name in names}
-    properties = {
-        "sample_shape": json.dumps(manifest.sample_shape),
-        "schedule": json.dumps(manifest.schedule.to_dict()),
-        "prediction": manifest.prediction,
-        "timestep_offset": str(manifest.timestep_offset),
-    }
-    return onnx_bytes(onnx_model(model, example, ["prediction"]), properties)
+    return onnx_bytes(onnx_model(model, example, ["prediction"]), manifest.properties())
 
 
 def onnx_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from ddpm_edge import Generator, files
+from ddpm_edge.bundle import BUILT_IN
 from ddpm_edge.cli import main
 
 QUICK = ["--steps", "2", "--seed", "5"]
@@ -102,6 +104,7 @@ def test_info() -> None:
         (["sample", "--device", "tpu", "-o", "a.png"], 1, "ONNX Runtime has no device 'tpu'"),
         (["sample", "--variant", "int4", "-o", "a.png"], 1, "has no variant 'int4'"),
         (["info", "file.txt"], 1, "is a file; a bundle is the directory"),
+        (["info", "bundle"], 1, "unet.onnx was changed or damaged since the export"),
         (["infos"], 2, "No such command 'infos'"),
     ],
 )
@@ -110,10 +113,15 @@ def test_errors(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file.txt").write_text("mine")
+    if "bundle" in arguments:
+        shutil.copytree(BUILT_IN, "bundle")
+        with open("bundle/unet.onnx", "r+b") as file:
+            file.write(b"\xff")
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]  # nothing was left behind
+    left = {p.name for p in tmp_path.iterdir()} - {"bundle"}
+    assert left == {"file.txt"}  # nothing else was left behind
 
 
 def test_unwritable_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

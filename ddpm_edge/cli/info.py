@@ -24,14 +24,18 @@ def info(
     as_json: bool,
     plan: dict[str, Any],
 ) -> None:
-    """Show what BUNDLE (default: the built-in Fashion-MNIST model) holds; loads no runtime.
+    """Check the files of BUNDLE (default: the built-in model) and show what it holds.
+
+    Loads no runtime; `verify` also proves that it computes here what it should.
 
     Example:  ddpm-edge info --plan --sampler ddim --steps 10
     """
     opened = Bundle.open(bundle)
+    opened.check()
     manifest = opened.manifest
     if as_json:
-        click.echo(json.dumps(manifest.to_dict() | {"files": opened.files}, indent=2))
+        document = manifest.to_dict() | {"files": opened.files, "digest": opened.digest}
+        click.echo(json.dumps(document, indent=2))
         return
     chosen = manifest.make_plan(**plan)
     if show_plan:

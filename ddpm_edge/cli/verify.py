@@ -29,8 +29,7 @@ def verify(bundle: Path | None, as_json: bool, where: dict[str, Any]) -> None:
     """
     start = time.perf_counter()
     opened = Bundle.open(bundle)
-    for name in opened.files:
-        opened.read(name)
+    opened.check()
     with Generator.load(bundle, **where) as generator:
         if not as_json:
             size = sum(entry["size"] for entry in opened.files.values())
