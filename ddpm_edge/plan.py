@@ -137,7 +137,7 @@ class Plan:
     def table(self) -> str:
         """The plan for people, one line a row."""
         head = f"{'row':>4} {'t':>5} {'signal':>9} {'noise':>9} {'a':>10} {'s':>9}  b"
-        lines = [f"{self.name}  form={self.form} clip={self.clip}", head]
+        lines = [f"{self.name}  form={self.form}", head]
         for i in range(len(self)):
             b = " ".join(f"{value:.6f}" for value in self.b[i])
             lines.append(

@@ -49,7 +49,7 @@ def ddpm(
         a = np.sqrt(alpha) * (1.0 - ab_s) / (1.0 - ab_t)
         b = np.sqrt(ab_s) * beta / (1.0 - ab_t)
     sigma = np.where(s > 0, np.sqrt(sigma2), 0.0)  # z = 0 at the last step
-    return _plan(schedule, f"ddpm(steps={len(t)}, variance={variance})", clip, t, a, b, sigma)
+    return _plan(schedule, f"ddpm(steps={len(t)}, variance={variance}", clip, t, a, b, sigma)
 
 
 def ddim(schedule: Schedule, steps: int = 50, eta: float = 0.0, clip: float | None = None) -> Plan:
@@ -74,7 +74,7 @@ def ddim(schedule: Schedule, steps: int = 50, eta: float = 0.0, clip: float | No
     else:  # eps = (x - signal x0) / noise
         a = to_eps / np.sqrt(1.0 - ab_t)
         b = np.sqrt(ab_s) - a * np.sqrt(ab_t)
-    return _plan(schedule, f"ddim(steps={len(t)}, eta={eta:g})", clip, t, a, b, sigma)
+    return _plan(schedule, f"ddim(steps={len(t)}, eta={eta:g}", clip, t, a, b, sigma)
 
 
 SAMPLERS: dict[str, Callable[..., Plan]] = {"ddpm": ddpm, "ddim": ddim}
@@ -120,17 +120,18 @@ def _alpha_between(schedule: Schedule, t: Int64, s: Int64) -> Float64:
 
 def _plan(
     schedule: Schedule,
-    name: str,
+    call: str,
     clip: float | None,
     t: Int64,
     a: Float64,
     b: Float64,
     sigma: Float64,
 ) -> Plan:
+    clip = None if clip is None else checks.number("clip", clip)
     return Plan(
-        name=name,
+        name=f"{call})" if clip is None else f"{call}, clip={clip:g})",
         form="eps" if clip is None else "x0",
-        clip=None if clip is None else checks.number("clip", clip),
+        clip=clip,
         t=t.astype(np.int64),
         signal=schedule.signal[t],
         noise=schedule.noise[t],

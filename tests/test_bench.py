@@ -29,7 +29,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> ToyEngine:
 def test_figures_fit_together(engine: ToyEngine) -> None:
     report = bench(batches=[1, 3], runs=4, steps=5, eta=0.5)
     assert (report.name, report.variant, report.runtime) == ("fashion-mnist", "fp32", "toy on cpu")
-    assert report.plan == "ddim(steps=5, eta=0.5)"
+    assert report.plan == "ddim(steps=5, eta=0.5, clip=1)"
     assert (report.runs, [b.batch for b in report.batches]) == (4, [1, 3])
     assert report.cpus >= 1
     assert 0 < report.load_ms < report.first_image_ms
@@ -118,7 +118,7 @@ def test_command_prints_a_table(copy: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0] == f"bundle       fashion-mnist ({copy})"
-    assert "plan         ddim(steps=3, eta=0)" in lines
+    assert "plan         ddim(steps=3, eta=0, clip=1)" in lines
     assert any(line.startswith("runs on      toy on cpu, ") for line in lines)
     assert any(line.startswith("peak memory ") for line in lines)
     table = [line.split() for line in lines[-3:-1]]
@@ -131,7 +131,7 @@ def test_command_prints_json() -> None:
     result = run("--runs", 1, "--steps", 2, "--sampler", "ddpm", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.output)
-    assert report["plan"] == "ddpm(steps=2, variance=beta)"
+    assert report["plan"] == "ddpm(steps=2, variance=beta, clip=1)"
     assert [b["batch"] for b in report["batches"]] == [1, 4]
     for b in report["batches"]:
         assert b["images_a_second"] == pytest.approx(b["batch"] * 1e3 / (b["ms_a_step"] * 2))

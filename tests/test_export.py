@@ -89,7 +89,7 @@ def test_bundle_says_what_was_exported(exported: Path) -> None:
     manifest = Bundle.open(exported).manifest
     assert manifest.name == "tiny"
     assert manifest.class_names == ("a", "b")
-    assert manifest.make_plan().name == "ddim(steps=50, eta=0)"
+    assert manifest.make_plan().name == "ddim(steps=50, eta=0, clip=1)"
     parity = manifest.variants["fp32"]["parity"]
     assert list(parity) == [
         "answers at batch 1", "answers at batch 5", "20-step DDIM", "Algorithm 2, last 50 steps",
@@ -172,7 +172,7 @@ def test_export_command(tmp_path: Path, run: Path) -> None:
     manifest = Bundle.open(target).manifest
     assert manifest.name == "mine"
     assert manifest.licence == "CC0-1.0"
-    assert manifest.make_plan().name == "ddpm(steps=100, variance=beta-tilde)"
+    assert manifest.make_plan().name == "ddpm(steps=100, variance=beta-tilde, clip=1)"
     assert manifest.training["steps"] == 3
     assert os.listdir(tmp_path) == ["b"]
 

@@ -252,14 +252,14 @@ def test_an_answer_that_is_not_finite_is_an_error() -> None:
 
 
 def test_default_plan_and_what_changes_it(toy: Generator) -> None:
-    assert toy.plan().name == "ddim(steps=50, eta=0)"
+    assert toy.plan().name == "ddim(steps=50, eta=0, clip=1)"
     assert toy.plan().clip == 1.0
     assert len(toy.plan(steps=10)) == 10
-    assert toy.plan(eta=0.5).name == "ddim(steps=50, eta=0.5)"
+    assert toy.plan(eta=0.5).name == "ddim(steps=50, eta=0.5, clip=1)"
     assert toy.plan(clip=None).clip is None
-    assert toy.plan("ddpm").name == "ddpm(steps=1000, variance=beta)"
+    assert toy.plan("ddpm").name == "ddpm(steps=1000, variance=beta, clip=1)"
     assert toy.plan("ddpm").clip == 1.0
-    assert toy.run(1, steps=3, seed=0).plan.name == "ddim(steps=3, eta=0)"
+    assert toy.run(1, steps=3, seed=0).plan.name == "ddim(steps=3, eta=0, clip=1)"
 
 
 # Life cycle, threads, processes
@@ -312,7 +312,7 @@ def test_close_while_others_sample(generator: Generator) -> None:
             ends = [pool.submit(sample_until_closed, shared, event) for event in events]
             assert all(event.wait(timeout=60) for event in events)
             shared.close()
-            assert all("is closed" in end.result(timeout=60) for end in ends)
+            assert all("closed" in end.result(timeout=60) for end in ends)
 
 
 def test_close_waits_for_a_call_that_must_not_be_overlapped() -> None:
