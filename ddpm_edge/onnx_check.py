@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddpm_edge.errors import BundleError
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.onnx_reader import MAX_RANK, SIZES, Model, Node, Tensor, ValueInfo, read_model
 from ddpm_edge.onnx_shapes import MAX_CONSTANT, MISFITS, RULES, Value
-
-if TYPE_CHECKING:
-    from ddpm_edge.bundle import Manifest
 
 IR_VERSIONS = range(7, 15)  # those of the operator sets below, up to ONNX 1.23
 OPSETS = range(13, 27)  # before 13 Squeeze, Split, ... take their sizes from attributes

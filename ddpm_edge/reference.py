@@ -15,8 +15,8 @@ import numpy as np
 
 from ddpm_edge import noise, samplers
 from ddpm_edge.arrays import Array, Int64
-from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import BundleError
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import Plan
 from ddpm_edge.sampling import Network, sample_states
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ddpm_edge import noise
 from ddpm_edge.arrays import Array, Int64
-from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import BundleError, OutOfMemoryError
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan, State, run_plan
 from ddpm_edge.runtimes.base import Engine

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddpm_edge.bundle import REFERENCE, Bundle, Manifest, check_target, write_bundle
+from ddpm_edge.bundle import REFERENCE, Bundle, check_target, write_bundle
 from ddpm_edge.errors import BundleError, ConfigError, ExportError
 from ddpm_edge.export.gate import Report, check
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.onnx_check import check_model
 from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import ExportError, RuntimeUnavailableError
+from ddpm_edge.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddpm_edge import bundle
+from ddpm_edge import bundle, manifest
 from ddpm_edge.runtimes import TensorSpec
 from ddpm_edge.runtimes.base import check_inputs
 from ddpm_edge.schedule import Schedule
@@ -54,7 +54,7 @@ def rewrite(path: Path, remove: str = "", rehash: bool = False, **changes: objec
 
     With `rehash`, the list of files becomes what is in the directory.
     """
-    document = json.loads((path / bundle.MANIFEST).read_text()) | changes
+    document = json.loads((path / manifest.MANIFEST).read_text()) | changes
     document.pop(remove, None)
     if rehash:
         document["files"] = {
@@ -63,14 +63,14 @@ def rewrite(path: Path, remove: str = "", rehash: bool = False, **changes: objec
                 "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             }
             for file in path.iterdir()
-            if file.name != bundle.MANIFEST
+            if file.name != manifest.MANIFEST
         }
-    document["digest"] = bundle._digest(document)
-    (path / bundle.MANIFEST).write_text(json.dumps(document))
+    document["digest"] = manifest.digest_of(document)
+    (path / manifest.MANIFEST).write_text(json.dumps(document))
 
 
 TINY_SHAPE = (1, 8, 8)
-TINY = bundle.Manifest(
+TINY = manifest.Manifest(
     name="tiny",
     sample_shape=TINY_SHAPE,
     schedule=Schedule.linear(),

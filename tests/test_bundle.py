@@ -11,8 +11,9 @@ import pytest
 from helpers import rewrite
 
 from ddpm_edge import Bundle, Generator, bundle
-from ddpm_edge.bundle import BUILT_IN, MANIFEST, Manifest, write_bundle
+from ddpm_edge.bundle import BUILT_IN, write_bundle
 from ddpm_edge.errors import BundleError
+from ddpm_edge.manifest import MANIFEST, Manifest
 from ddpm_edge.schedule import Schedule
 
 MANIFEST_OF_TWO = Manifest(

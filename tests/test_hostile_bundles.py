@@ -19,8 +19,8 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper
 
 from ddpm_edge import Bundle, Generator
-from ddpm_edge.bundle import MANIFEST
 from ddpm_edge.errors import BundleError
+from ddpm_edge.manifest import MANIFEST
 from ddpm_edge.onnx_check import check_model
 from ddpm_edge.onnx_reader import read_model
 

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ddpm_edge.bundle import Manifest
 from ddpm_edge.errors import ConfigError, ExportError, RunError
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.train.unet import UNet, UNetConfig
 
 

@@ -1,0 +1,224 @@
+"""What a bundle says of its model: the content of `bundle.json`, and how strictly it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ddpm_edge import checks, noise
+from ddpm_edge.errors import BundleError, ConfigError
+from ddpm_edge.plan import PREDICTIONS, Plan
+from ddpm_edge.samplers import make_plan
+from ddpm_edge.schedule import Schedule
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+MAX_TIMESTEPS = 100_000  # a longer schedule is refused before its arrays are made
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of its model.
+
+    Attributes:
+        name: of the model.
+        sample_shape: (C, H, W) of one sample; values in [-1, 1].
+        schedule: the forward process it was trained with.
+        prediction: what the network answers, "eps", "x0" or "v".
+        timestep_offset: the network is fed t + offset, t in 1..T, as int64.
+        class_names: one a label; empty = the model takes no label. The null label is their number.
+        plan: arguments of the default plan: "sampler", "steps" and the sampler's options.
+        variants: precision -> {"file": name, ...figures of its parity gate}.
+        training: how the weights came to be.
+        licence: SPDX name for the weights.
+    """
+
+    name: str
+    sample_shape: tuple[int, int, int]
+    schedule: Schedule
+    prediction: str
+    timestep_offset: int
+    class_names: tuple[str, ...]
+    plan: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "none", where the model has labels."""
+        return len(self.class_names) or None
+
+    def properties(self) -> dict[str, str]:
+        """What an ONNX file repeats in its `metadata_props`, so that it explains itself alone."""
+        return {
+            "sample_shape": json.dumps(self.sample_shape),
+            "schedule": json.dumps(self.schedule.to_dict()),
+            "prediction": self.prediction,
+            "timestep_offset": str(self.timestep_offset),
+        }
+
+    def make_plan(
+        self, sampler: str | None = None, steps: int | None = None, **options: Any
+    ) -> Plan:
+        """The default plan, or what the arguments make of it (see `Generator.plan`)."""
+        arguments = dict(self.plan)
+        default = str(arguments.pop("sampler", None))
+        if sampler not in (None, default):  # another sampler has its own defaults, but for clip
+            arguments = {k: v for k, v in arguments.items() if k == "clip"}
+        arguments |= options if steps is None else {**options, "steps": steps}
+        return make_plan(self.schedule, sampler or default, **arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of bundle.json, without files and digest."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "sample_shape": list(self.sample_shape),
+            "value_range": [-1.0, 1.0],
+            "schedule": self.schedule.to_dict(),
+            "prediction": self.prediction,
+            "timestep": {"offset": self.timestep_offset, "dtype": "int64"},
+            "class_names": list(self.class_names),
+            "null_label": self.null_label,
+            "noise_version": noise.VERSION,
+            "plan": dict(self.plan),
+            "variants": {name: dict(variant) for name, variant in self.variants.items()},
+            "training": dict(self.training),
+            "licence": self.licence,
+        }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Manifest:
+        """The inverse of `to_dict`.
+
+        Raises:
+            BundleError: a field is missing, of another type, or not understood.
+        """
+        try:
+            definition = typed(document["schedule"], dict)
+            if typed(definition.get("T", 0), int) > MAX_TIMESTEPS:
+                raise BundleError(
+                    f"{MANIFEST} says T = {definition['T']}; expected at most {MAX_TIMESTEPS} "
+                    "timesteps: export the model again"
+                )
+            shape: Any = tuple(typed(size, int) for size in typed(document["sample_shape"], list))
+            manifest = cls(
+                name=typed(document["name"], str),
+                sample_shape=shape,
+                schedule=Schedule.from_dict(definition),
+                prediction=typed(document["prediction"], str),
+                timestep_offset=typed(document["timestep"]["offset"], int),
+                class_names=tuple(
+                    typed(name, str) for name in typed(document["class_names"], list)
+                ),
+                plan=typed(document["plan"], dict),
+                variants={
+                    name: _variant(f"variants.{name}", variant)
+                    for name, variant in typed(document["variants"], dict).items()
+                },
+                training=typed(document["training"], dict),
+                licence=typed(document["licence"], str),
+            )
+            expected = {
+                "value_range": (document["value_range"], [-1.0, 1.0]),
+                "timestep.dtype": (document["timestep"]["dtype"], "int64"),
+                "null_label": (document["null_label"], manifest.null_label),
+                "noise_version": (document["noise_version"], noise.VERSION),
+            }
+            understood = manifest.to_dict()
+            known_keys("", document, [*understood, "files", "digest"])
+            known_keys("timestep.", document["timestep"], understood["timestep"])
+            manifest.make_plan()  # found now, not at the first image
+        except KeyError as error:
+            raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
+        except (TypeError, ConfigError) as error:
+            raise BundleError(f"{MANIFEST} is not valid: {error}; export it again") from error
+        for name, (got, want) in expected.items():
+            if got != want:
+                raise BundleError(f"{MANIFEST} says {name} = {got!r}; this version knows {want!r}")
+        if len(shape) != 3 or min(shape) < 1 or manifest.prediction not in PREDICTIONS:
+            raise BundleError(
+                f"{MANIFEST}: sample_shape {shape} or prediction {manifest.prediction!r} is not "
+                f"valid; expected (C, H, W) and one of {', '.join(PREDICTIONS)}"
+            )
+        if not manifest.variants:
+            raise BundleError(f"{MANIFEST} lists no variants; export the model again")
+        return manifest
+
+
+def _variant(where: str, variant: dict[str, Any]) -> dict[str, Any]:
+    """A checked entry of `variants`: its file, and two numbers for each figure of its gate."""
+    known_keys(f"{where}.", variant, ["file", "parity"])
+    typed(variant["file"], str)
+    for what, figure in typed(variant.get("parity", {}), dict).items():
+        known_keys(f"{where}.parity.{what}.", figure, ["max_abs_error", "tolerance"])
+        for key in ("max_abs_error", "tolerance"):
+            checks.number(f"{where}.parity.{what}.{key}", figure[key])
+    return dict(variant)
+
+
+def strict_json(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, without what Python's reader lets pass: NaN, 1e999, keys twice.
+
+    Raises:
+        BundleError: anything else; `path` is for the message.
+    """
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    def number(text: str) -> float:
+        value = float(text)
+        if value in (float("inf"), float("-inf")):
+            raise ValueError(f"{text} is out of range")
+        return value
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        return result
+
+    try:
+        document = json.loads(
+            data, parse_constant=constant, parse_float=number, object_pairs_hook=unique
+        )
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON: {error}; copy the bundle again") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path} must hold a JSON object; got {type(document).__name__}")
+    return document
+
+
+def known_keys(where: str, entry: Any, names: Collection[str]) -> None:
+    """Refuse a field of the manifest that this version does not understand."""
+    for key in typed(entry, dict):
+        if key not in names:
+            raise BundleError(
+                f"{MANIFEST} has an unknown field {where + key!r}, expected {', '.join(names)}; "
+                "pip install --upgrade ddpm-edge, or export the model again"
+            )
+
+
+def digest_of(document: dict[str, Any]) -> str:
+    """SHA-256 of a bundle.json but for its own field "digest"."""
+    content = {key: value for key, value in document.items() if key != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def typed(value: Any, kind: type) -> Any:
+    """`value`, if it is a `kind`; True and False are no int.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value
