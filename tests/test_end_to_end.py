@@ -53,9 +53,10 @@ def cli(*arguments: object) -> str:
 def test_a_folder_of_shapes_becomes_samples_in_three_commands(tmp_path: Path) -> None:
     draw_shapes(tmp_path / "shapes", 500)
     run, bundle, sheet = (tmp_path / name for name in ("run", "bundle", "samples.npy"))
-    output = cli("train", "--data", tmp_path / "shapes", "--preset", "tiny", "--steps", 400,
-                 "--batch", 32, "--lr", 4e-3, "--warmup", 50, "--ema", 0.99, "--flip",
-                 "--val", 0.1, "-o", run)  # fmt: skip
+    # x0 learns where and in which colour first; the schedule is the lecture's, T = 100 to 0.2.
+    output = cli("train", "--data", tmp_path / "shapes", "--preset", "tiny", "--steps", 200,
+                 "--batch", 32, "--lr", 5e-3, "--warmup", 20, "--ema", 0.98, "--val", 0.1,
+                 "--prediction", "x0", "-T", 100, "--beta-T", 0.2, "-o", run)  # fmt: skip
     assert "32 x 32, 3 channels, 3 labels" in output
     assert "held out" in output
     cli("export", run, "-o", bundle)
@@ -66,12 +67,13 @@ def test_a_folder_of_shapes_becomes_samples_in_three_commands(tmp_path: Path) ->
     assert len(config["validation"]) + config["images"] == 500
     assert all((tmp_path / "shapes" / name).is_file() for name in config["validation"])
     losses = [line["validation_loss"] for line in runs.read_metrics(run) if len(line) > 5]
-    assert losses[-1] < 0.5 * losses[0]  # learned on images that it has not seen
-    assert Bundle.open(bundle).manifest.class_names == tuple(CLASSES)
+    assert losses[-1] < 0.6 * losses[0]  # 0.08 from 0.21, on images that it has not seen
+    manifest = Bundle.open(bundle).manifest
+    assert (manifest.class_names, manifest.prediction) == (tuple(CLASSES), "x0")
     images = np.load(sheet)
     assert images.shape == (24, 32, 32, 3)
     strongest = images.reshape(24, -1, 3).mean(axis=1).argmax(axis=1)
     wanted = np.array([channel for channel, _ in CLASSES.values()] * 8)
-    assert (strongest == wanted).mean() >= 0.75  # by chance a third
+    assert (strongest == wanted).mean() >= 0.75  # all 24, when written; by chance a third
     with Generator.load(bundle) as generator:
         assert all(comparison.passed for comparison in generator.verify())
