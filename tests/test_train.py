@@ -251,6 +251,9 @@ def test_learning_rate() -> None:
     assert trainer.warmup_cosine(1, 10, 0.0) == pytest.approx(0.1)
     assert trainer.warmup_cosine(10, 10, 0.0) == pytest.approx(1.0)
     assert trainer.warmup_cosine(99, 10, 0.5) == pytest.approx(0.5)
+    short = trainer.warmup_cosine(1, 500, 0.025)  # of 40 steps: half of the way to the peak
+    assert short == pytest.approx(0.5 * 0.5 * (1 + math.cos(0.025 * math.pi)))
+    assert trainer.warmup_cosine(20, 500, 0.5) == pytest.approx(0.5)
     assert trainer.warmup_cosine(99, 10, 1.0) == pytest.approx(0.0)
 
 

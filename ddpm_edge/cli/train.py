@@ -76,7 +76,9 @@ RESUME_OPTIONS = {"output", "resume", "data", "steps", "minutes", "device"}
     "--batch", type=int, default=128, show_default=True, help="Images a step and process."
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate.")
-@click.option("--warmup", type=int, default=500, show_default=True, help="Steps up to the peak.")
+@click.option(
+    "--warmup", type=int, default=500, show_default=True, help="Steps up to the peak, at most 5 %."
+)
 @click.option("--ema", type=float, default=0.9995, show_default=True, help="Decay of the average.")
 @click.option(
     "--prediction",

@@ -27,6 +27,7 @@ from ddpm_edge.train.draws import Draws, batches, number
 from ddpm_edge.train.network import prediction_of
 from ddpm_edge.train.workers import Workers, resolve_precision
 
+WARMUP_FRACTION = 0.05
 TIMESTEP_OFFSET = -1  # the network counts timesteps from 0, the mathematics from 1
 
 
@@ -39,7 +40,7 @@ class TrainOptions:
         minutes: wall-clock minutes; the learning rate decays over the time instead of the steps.
         batch: images a step and process.
         learning_rate: peak of Adam's learning rate, reached after `warmup` steps, then cosine to 0.
-        warmup: steps of linear learning-rate warm-up.
+        warmup: steps of linear learning-rate warm-up; at most a twentieth of the training.
         ema: limit of the decay of the averaged weights, in [0, 1).
         clip: largest norm of the gradient.
         null_label: probability of training a labelled image without its label, in [0, 1].
@@ -245,8 +246,12 @@ def progress(options: TrainOptions, step: int, seconds: float) -> float:
 
 
 def warmup_cosine(step: int, warmup: int, fraction: float) -> float:
-    """Factor of the learning rate: linear from 0 to 1 over `warmup` steps, then cosine to 0."""
-    return min(1.0, step / max(warmup, 1)) * 0.5 * (1.0 + math.cos(math.pi * fraction))
+    """Factor of the learning rate: linear from 0 to 1 over `warmup` steps, then cosine to 0.
+
+    A short training rises over its first twentieth instead: else it would be over before the peak.
+    """
+    rise = max(step / max(warmup, 1), fraction / WARMUP_FRACTION)
+    return min(1.0, rise) * 0.5 * (1.0 + math.cos(math.pi * fraction))
 
 
 class EMA:
