@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +22,9 @@ from ddpm_edge.cli import main
 from ddpm_edge.errors import RunError, TrainingError
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train import run as runs
-from ddpm_edge.train.checkpoint import checkpoint_path
+from ddpm_edge.train.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from ddpm_edge.train.data import Dataset
-from ddpm_edge.train.trainer import Training, TrainOptions, train
+from ddpm_edge.train.trainer import EMA, Training, TrainOptions, train
 from ddpm_edge.train.unet import UNetConfig
 
 SCHEDULE = Schedule.linear(100, 1e-4, 0.2)
@@ -117,6 +119,56 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         next(runs.record(run, data, config(data), SCHEDULE, OPTIONS))
 
 
+def test_an_exception_within_a_step_leaves_the_checkpoint_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a resumed run would go on from weights of one step and an average of another."""
+    data, run = blobs(), tmp_path / "run"
+    list(runs.record(run, data, config(data), SCHEDULE, replace(OPTIONS, steps=3)))
+    before = checkpoint_path(run).read_bytes()
+    going_on = runs.resume(run, data, steps=9)
+    next(going_on)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.EMA, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(going_on)
+    assert checkpoint_path(run).read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_between_two_steps(tmp_path: Path, number: int) -> None:
+    data = blobs()
+    np.savez(tmp_path / "set.npz", images=data.images[:, 0])
+    command = [sys.executable, "-m", "ddpm_edge", "train", "--data", f"{tmp_path}/set.npz",
+               "--preset", "tiny", "--minutes", "9", "-o", f"{tmp_path}/run"]  # fmt: skip
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").is_file():  # the first steps are running
+            assert child.poll() is None
+            time.sleep(0.1)
+        time.sleep(0.5)
+        child.send_signal(number)
+        output, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 0
+    assert "run: stopped early after" in output
+    assert f"ddpm-edge train -o {tmp_path}/run --resume" in output
+    assert runs.load_run(tmp_path / "run").step > 0
+
+
+def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    (tmp_path / "checkpoints").mkdir()
+    assert save_checkpoint(tmp_path, Training(model), EMA(model, 0.9), [])
+    assert load_checkpoint(tmp_path).part("model").keys() == model.state_dict().keys()
+
+
 # Transfer learning
 
 
@@ -149,8 +201,8 @@ def test_init_from_reports_what_does_not_fit(
     with caplog.at_level("INFO", "ddpm_edge"):
         list(runs.record(tmp_path / "second", more, config(more), SCHEDULE, options,
                          init_from=tmp_path / "first"))  # fmt: skip
-    assert "all but 1 tensors fit" in caplog.text
-    assert "label.weight has shape (3, 32), here (4, 32)" in caplog.text
+    assert "tensors begin as in" in caplog.text
+    assert "not taken: label.weight has shape (3, 32), here (4, 32)" in caplog.text
     weights = {"other": torch.zeros(3)}
     safetensors.torch.save_file(weights, tmp_path / "other.safetensors")
     (tmp_path / "pickled.pt").write_bytes(b"\x80\x02}q\x00.")

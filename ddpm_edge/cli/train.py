@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +114,7 @@ def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, 
     given = given_options(ctx)
     training = _resumed(output, given, o) if resume else _new(output, forward, o)
     step, loss = None, None
-    with Progress("train", first) as progress, contextlib.suppress(KeyboardInterrupt):
+    with Progress("train", first) as progress, _stops() as stop:
         for step in training:
             if step.step % 10 == 0:  # reading the loss waits for the device
                 value = float(step.loss)
@@ -119,7 +122,9 @@ def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, 
             rate = step.images / step.seconds
             seen = "" if loss is None else f"loss {loss:.4f}, "
             progress.update(step.fraction, f"step {step.step}, {seen}{rate:.0f} images/s")
-    training.close()  # writes the checkpoint, if Ctrl-C came between two steps
+            if stop:
+                break
+    training.close()  # writes the checkpoint
     if step is None:
         raise click.ClickException("stopped before the first step; nothing was trained")
     done = step.fraction >= 1
@@ -130,6 +135,28 @@ def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, 
     )
     if not done:
         click.echo(f"      {command_line('train', '-o', output, '--resume')}")
+
+
+@contextlib.contextmanager
+def _stops() -> Iterator[list[int]]:
+    """A list that Ctrl-C and `kill` fill, so that training ends between two steps, exactly.
+
+    A second signal does what it always does.
+    """
+    received: list[int] = []
+    usual: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
+
+    for number in usual:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def _new(output: Path, forward: Schedule, o: dict[str, Any]) -> Any:
@@ -166,6 +193,8 @@ def _new(output: Path, forward: Schedule, o: dict[str, Any]) -> Any:
     network: UNetConfig | str = o["model"] or UNetConfig.preset(
         o["preset"], images.sample_shape, len(images.class_names)
     )
+    if o["init_from"] is not None:  # which of its weights fit is said in the log
+        logging.getLogger("ddpm_edge").setLevel(logging.INFO)
     click.echo(f"{o['model'] or 'preset ' + o['preset']}, {o['prediction']}; {forward}")
     return record(
         output,

@@ -45,7 +45,9 @@ def save_checkpoint(run: Path, training: Training, ema: EMA, losses: Sequence[Te
         "seconds": repr(training.seconds),
         "ema_updates": str(ema.updates),
     }
-    data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata)
+    # Copies, because safetensors refuses tensors that share memory, as tied weights do.
+    copies = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+    data = safetensors.torch.save(copies, metadata)
     write_bytes(checkpoint_path(run), data)
     return True
 

@@ -140,8 +140,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return averaged or tensors
 
 
-def initialise(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """Copy what fits from `weights` into the model; gives what did not, one line each.
+def initialise(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, list[str]]:
+    """Copy what fits from `weights` into the model: how many, and what did not, one line each.
 
     Raises:
         RunError: no tensor fits.
@@ -160,4 +160,4 @@ def initialise(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
         raise RunError("none of the checkpoint's tensors fit: it is of another network")
     with torch.no_grad():
         model.load_state_dict(fitting, strict=False)
-    return sorted(misfits)
+    return len(fitting), sorted(misfits)

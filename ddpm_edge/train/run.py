@@ -77,7 +77,8 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """How the weights came to be, for the bundle."""
-        keys = ("command", "data", "images", "preset", "options", "hardware", "software")
+        keys = ("command", "data", "images", "preset", "init_from", "options", "hardware",
+                "software")  # fmt: skip
         return {k: self.config[k] for k in keys} | {"steps": self.step, "final_loss": self.loss}
 
 
@@ -96,8 +97,9 @@ def record(
 ) -> Recording:
     """Train a new network into `directory`, which must be new or empty; yields every step.
 
-    The checkpoint is written every two minutes and when the iteration ends, however it ends; a
-    grid of samples of the averaged weights, and its loss on `validation`, ten times and at the end.
+    The checkpoint is written every two minutes and when the iteration ends or is closed (an
+    exception in the midst of a step leaves the one before it); a grid of samples of the averaged
+    weights, and their loss on `validation`, ten times and at the end.
 
     Args:
         directory: the run.
@@ -148,10 +150,10 @@ def record(
     torch.manual_seed(number(options.seed, "weights"))
     model = build(model_description)
     if init_from is not None:
-        misfits = initialise(model, load_weights(init_from))
-        log.info("weights of %s: all but %d tensors fit", init_from, len(misfits))
+        fitted, misfits = initialise(model, load_weights(init_from))
+        log.info("%d tensors begin as in %s", fitted, init_from)
         for line in misfits:
-            log.info("%s", line)
+            log.info("not taken: %s", line)
     training, ema = _on_device(model, options, workers)
     if workers.index == 0:
         (directory / "checkpoints").mkdir(parents=True)
@@ -255,12 +257,13 @@ def _recorded(
         return
     judge = Judge(ema.model, config, data, validation, workers.device)
     grids = int(progress(options, training.step, training.seconds) * GRIDS)
-    saved, begin = time.monotonic(), training.step
+    saved, whole = time.monotonic(), False
     with open(directory / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         try:
             for step in steps:
                 ema.update(training.model)
                 losses.append(step.loss)
+                whole = True
                 due = int(step.fraction * GRIDS) > grids or step.fraction >= 1
                 grids = int(step.fraction * GRIDS)
                 if due or step.step % LOG_STEPS == 0:
@@ -275,8 +278,10 @@ def _recorded(
                     save_checkpoint(directory, training, ema, losses)
                     saved = time.monotonic()
                 yield step
+                whole = False  # weights, average and losses are of one step only between steps
+            whole = True
         finally:
-            if training.step > begin:
+            if whole:
                 save_checkpoint(directory, training, ema, losses)
 
 
