@@ -88,7 +88,7 @@ def export(
     manifest = read_back(manifest)
     # A copy: the caller's may be on a GPU, in half precision or in the middle of its training.
     model = copy.deepcopy(model).cpu().float().eval()
-    check_network(model, manifest)
+    check_network(model, manifest.sample_shape, bool(class_names))
     data = to_onnx(Prediction(model), manifest)
     check_exported(data, manifest)
     torchs = Network(TorchEngine(model, sample_shape, bool(class_names)), manifest)

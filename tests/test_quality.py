@@ -17,7 +17,7 @@ def found(images: np.ndarray) -> np.ndarray:
 
 
 def test_labels_are_obeyed(generator: Generator) -> None:
-    """Ten steps already; 85 of 100 are recognised with this seed. Chance is 10."""
+    """In ten steps already, which give 0.85 with 100 images of this seed; chance is 0.1."""
     labels = np.arange(60) % 10
     images = generator.sample(60, seed=1, label=labels.tolist(), steps=10)
     assert (found(images) == labels).mean() >= 0.75  # 3 standard errors below 0.85 of 60: 0.71

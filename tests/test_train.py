@@ -345,7 +345,7 @@ def test_runs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="run format 0, this version reads 1"):
         runs.load_run(tmp_path)
     (tmp_path / "config.json").write_text('{"format": 1}')
-    with pytest.raises(RunError, match="has no checkpoints/last.safetensors yet"):
+    with pytest.raises(RunError, match="has no checkpoints/last.safetensors: let it train"):
         runs.load_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.safetensors").write_bytes(b"torn")

@@ -111,10 +111,12 @@ def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, 
     first = os.environ.get("RANK", "0") == "0"
     if not first:  # of several processes one speaks
         ctx.with_resource(contextlib.redirect_stdout(io.StringIO()))
+    from ddpm_edge.train.checkpoint import checkpoint_path
+
     given = given_options(ctx)
     training = _resumed(output, given, o) if resume else _new(output, forward, o)
     step, loss = None, None
-    with Progress("train", first) as progress, _stops() as stop:
+    with Progress("train", first) as progress, _stops(first) as stop:
         for step in training:
             if step.step % 10 == 0:  # reading the loss waits for the device
                 value = float(step.loss)
@@ -127,6 +129,10 @@ def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, 
     training.close()  # writes the checkpoint
     if step is None:
         raise click.ClickException("stopped before the first step; nothing was trained")
+    if first and not checkpoint_path(output).is_file():
+        raise click.ClickException(
+            "the weights are not finite, nothing was kept; give a lower --lr, or --precision fp32"
+        )
     done = step.fraction >= 1
     click.echo(
         f"{output}: {'done' if done else 'stopped early'} after {step.step} steps, "
@@ -138,16 +144,18 @@ def train(ctx: click.Context, /, output: Path, resume: bool, forward: Schedule, 
 
 
 @contextlib.contextmanager
-def _stops() -> Iterator[list[int]]:
+def _stops(first: bool) -> Iterator[list[int]]:
     """A list that Ctrl-C and `kill` fill, so that training ends between two steps, exactly.
 
-    A second signal does what it always does.
+    A second signal does what it always does. Of several processes only the first, which keeps the
+    files, stops: were another to stop a step before, it would wait for that one for ever.
     """
     received: list[int] = []
     usual: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, _: object) -> None:
-        received.append(number)
+        if first:
+            received.append(number)
         signal.signal(number, usual[number])
 
     for number in usual:

@@ -46,7 +46,10 @@ def save_checkpoint(run: Path, training: Training, ema: EMA, losses: Sequence[Te
         "ema_updates": str(ema.updates),
     }
     # Copies, because safetensors refuses tensors that share memory, as tied weights do.
-    copies = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+    copies = {
+        k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for k, v in tensors.items()
+    }
     data = safetensors.torch.save(copies, metadata)
     write_bytes(checkpoint_path(run), data)
     return True
@@ -77,9 +80,12 @@ class Checkpoint:
         ema.updates, training.step, training.seconds = self.ema_updates, self.step, self.seconds
         moments = self.part("optimizer")
         state: dict[int, dict[str, Tensor]] = {}
-        for i, (name, _) in enumerate(training.model.named_parameters()):
+        for i, (name, parameter) in enumerate(training.model.named_parameters()):
             start = f"{name}."
             mine = {k.removeprefix(start): v for k, v in moments.items() if k.startswith(start)}
+            for what, value in mine.items():
+                if value.shape == parameter.shape:  # fused Adam wants the parameter's strides
+                    mine[what] = torch.empty_like(parameter).copy_(value)
             if mine:
                 state[i] = mine
         groups = training.optimizer.state_dict()["param_groups"]
@@ -95,7 +101,10 @@ def load_checkpoint(run: Path) -> Checkpoint:
     """
     path = checkpoint_path(run)
     if not path.is_file():
-        raise RunError(f"{run} has no {path.relative_to(run)} yet; train longer")
+        raise RunError(
+            f"{run} has no {path.relative_to(run)}: let it train for two minutes or to its end; if "
+            "it was killed before, remove it and start again"
+        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()

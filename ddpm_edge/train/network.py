@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_edge.errors import ConfigError, ExportError, RunError
-from ddpm_edge.manifest import Manifest
 from ddpm_edge.train.unet import UNet, UNetConfig
 
 
@@ -50,12 +49,14 @@ def from_factory(name: str) -> nn.Module:
         sys.path.insert(0, str(Path.cwd()))
     try:
         factory: Callable[[], object] = getattr(importlib.import_module(package), function)
+        model = factory if isinstance(factory, nn.Module) else factory()
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"no network {name!r}: {error}; give package.module:function, with the module "
             "installed or in this directory"
         ) from error
-    model = factory() if callable(factory) else factory
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} must return a torch.nn.Module; got {type(model).__name__}")
     return model
@@ -85,7 +86,7 @@ class Prediction(nn.Module):
         return prediction_of(self.network(*inputs)).float()
 
 
-def check_network(model: nn.Module, manifest: Manifest) -> None:
+def check_network(model: nn.Module, sample_shape: tuple[int, int, int], labelled: bool) -> None:
     """Raise ExportError unless the network is finite and maps (x, t[, label]) to x's shape."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -95,10 +96,10 @@ def check_network(model: nn.Module, manifest: Manifest) -> None:
                 "earlier checkpoint, or train again with a lower learning rate"
             )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x = torch.zeros(2, *manifest.sample_shape, device=device)
+    x = torch.zeros(2, *sample_shape, device=device)
     t = torch.zeros(2, dtype=torch.int64, device=device)
-    arguments = (x, t, t) if manifest.class_names else (x, t)
-    taken = "x, t, label" if manifest.class_names else "x, t"
+    arguments = (x, t, t) if labelled else (x, t)
+    taken = "x, t, label" if labelled else "x, t"
     try:
         with torch.no_grad():
             answer = prediction_of(model(*arguments))
@@ -136,8 +137,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is not a whole .safetensors file ({error}); pickled weights are not read, "
             "because loading them can run any code: save them with safetensors.torch.save_file"
         ) from error
-    averaged = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-    return averaged or tensors
+    if "losses" not in tensors:  # not a checkpoint of ours
+        return tensors
+    return {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
 
 
 def initialise(model: nn.Module, weights: dict[str, Tensor]) -> tuple[int, list[str]]:

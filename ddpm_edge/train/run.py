@@ -7,6 +7,7 @@ the checkpoints; `load_run` gives the averaged network back for export.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import platform
@@ -36,7 +37,7 @@ from ddpm_edge.train.checkpoint import (
 )
 from ddpm_edge.train.data import Dataset
 from ddpm_edge.train.draws import Draws, number
-from ddpm_edge.train.network import build, initialise, load_weights
+from ddpm_edge.train.network import build, check_network, initialise, load_weights
 from ddpm_edge.train.torch_engine import TorchEngine
 from ddpm_edge.train.trainer import (
     EMA,
@@ -45,6 +46,7 @@ from ddpm_edge.train.trainer import (
     Training,
     TrainOptions,
     TrainStep,
+    memory_remedy,
     progress,
     to_network,
     train,
@@ -56,7 +58,8 @@ LOG_STEPS = 50
 CHECKPOINT_SECONDS = 120.0
 GRIDS = 10
 GRID_STEPS = 20
-VALIDATION_IMAGES, VALIDATION_BATCH = 1000, 100
+VALIDATION_IMAGES = 1000
+JUDGE_BATCH = 16  # images at once, or fewer where training takes fewer
 RUN_FORMAT = 1
 
 log = logging.getLogger("ddpm_edge")
@@ -149,22 +152,37 @@ def record(
     }
     torch.manual_seed(number(options.seed, "weights"))
     model = build(model_description)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("the network has no parameter to train: none requires a gradient")
+    check_network(copy.deepcopy(model).eval(), data.sample_shape, bool(data.class_names))
     if init_from is not None:
         fitted, misfits = initialise(model, load_weights(init_from))
         log.info("%d tensors begin as in %s", fitted, init_from)
         for line in misfits:
             log.info("not taken: %s", line)
     training, ema = _on_device(model, options, workers)
-    if workers.index == 0:
-        (directory / "checkpoints").mkdir(parents=True)
-        (directory / "samples").mkdir()
-        _write_config(directory, description)
-    recording = _recorded(directory, description, training, ema, [], data, validation, workers)
+    there = directory.exists()
     try:
+        if workers.index == 0:
+            (directory / "checkpoints").mkdir(parents=True)
+            (directory / "samples").mkdir()
+            _write_config(directory, description)
+        recording = _recorded(directory, description, training, ema, [], data, validation, workers)
         yield from _with_remedy(directory, recording)
     finally:
-        if not training.step and workers.index == 0:  # nothing is in it; the name is free again
-            shutil.rmtree(directory)
+        if workers.index == 0 and not checkpoint_path(directory).is_file():
+            _remove_run(directory, keep=there)  # nothing to go on from: the name is free again
+
+
+def _remove_run(directory: Path, keep: bool) -> None:
+    """Remove the files of a run, and its directory if it is not to be kept."""
+    for name in ("checkpoints", "samples"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (directory / name).unlink(missing_ok=True)
+    if not keep:
+        with contextlib.suppress(OSError):  # somebody put a file of his own there
+            directory.rmdir()
 
 
 def resume(
@@ -185,8 +203,9 @@ def resume(
         directory: the run.
         data: the same images as before.
         validation: the same images held out.
-        steps: a new end; None = as before. More steps stretch the decay of the learning rate.
-        minutes: a new end in minutes of training altogether; None = as before.
+        steps: a new end, counted from the beginning. Given this or `minutes`, the old end no
+            longer counts; a later one stretches the decay of the learning rate.
+        minutes: a new end in minutes of training altogether.
         device: None = as before.
 
     Raises:
@@ -201,9 +220,11 @@ def resume(
             f"{data.sha256()[:12]} now; another version of Pillow may decode JPEG differently); "
             "give the same data, or start a new run with --init-from"
         )
-    given = {"steps": steps, "minutes": minutes, "device": device}
-    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    options = replace(TrainOptions(**config["options"]), **changes)
+    options = TrainOptions(**config["options"])
+    if steps is not None or minutes is not None:
+        options = replace(options, steps=steps, minutes=minutes)
+    if device is not None:
+        options = replace(options, device=device)
     workers = Workers.join(options.device)
     if workers.count != config["processes"]:
         raise RunError(
@@ -270,7 +291,8 @@ def _recorded(
                     check_finite(losses, step.step, options)
                     line = metrics_line(step, losses)
                     if due:
-                        line |= judge(directory / "samples" / f"{step.step:07d}.png")
+                        with memory_remedy(judge.batch):
+                            line |= judge(directory / "samples" / f"{step.step:07d}.png")
                     metrics.write(json.dumps(line) + "\n")
                     metrics.flush()
                     losses.clear()
@@ -325,6 +347,7 @@ class Judge:
         self.model, self.device = model, device
         self.validation = validation
         self.seed = config["options"]["seed"]
+        self.batch = min(JUDGE_BATCH, config["options"]["batch"])
         manifest = Manifest(
             name=data.name,
             sample_shape=data.sample_shape,
@@ -351,16 +374,20 @@ class Judge:
         """Sixteen images, the labels in turn; uint8 (16, H, W, C)."""
         classes = len(self.network.manifest.class_names)
         labels = np.arange(16) % classes if classes else None
-        plan = self.network.manifest.make_plan()
-        *_, last = sample_states(self.network, plan, 0, range(16), labels)
-        return to_images(last.x)
+        plan, images = self.network.manifest.make_plan(), []
+        for first in range(0, 16, self.batch):
+            part = range(first, min(first + self.batch, 16))
+            chosen = None if labels is None else labels[part.start : part.stop]
+            *_, last = sample_states(self.network, plan, 0, part, chosen)
+            images.append(to_images(last.x))
+        return np.concatenate(images)
 
     @torch.no_grad()
     def validation_loss(self, data: Dataset) -> float:
         """Mean loss of at most a thousand images, at the same t and eps every time."""
         total, count = 0.0, min(len(data.images), VALIDATION_IMAGES)
-        for first in range(0, count, VALIDATION_BATCH):
-            part = slice(first, min(first + VALIDATION_BATCH, count))
+        for first in range(0, count, self.batch):
+            part = slice(first, min(first + self.batch, count))
             x0 = to_network(torch.from_numpy(data.images[part]).to(self.device))
             label = None
             if data.labels is not None:
@@ -428,14 +455,18 @@ def load_run(directory: Path) -> Run:
 
     Raises:
         RunError: `directory` is not a run, or it has no checkpoint yet, or it is damaged.
+        ConfigError: the run's own network cannot be imported here.
     """
     config = read_config(directory)
     checkpoint = load_checkpoint(directory)
     try:
-        model = build(config["network"]).eval()
+        network = config["network"]
+        if "unet" in network:
+            UNetConfig.from_dict(network["unet"])
         schedule = Schedule.from_dict(config["schedule"])
     except (KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{directory} is damaged: {type(error).__name__}: {error}") from error
+    model = build(network).eval()
     load_state(model, checkpoint.part("ema"))
     metrics = read_metrics(directory)
     return Run(model, schedule, config, checkpoint.step, metrics[-1]["loss"] if metrics else None)

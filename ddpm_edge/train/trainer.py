@@ -183,7 +183,7 @@ def train(
     null = len(data.class_names)
     objective = Algorithm1(schedule, options.prediction, options.null_label, null, device)
     model, optimizer = workers.share(training.model), training.optimizer
-    with _memory_remedy(batch):
+    with memory_remedy(batch):
         images = torch.from_numpy(data.images).to(device)  # uint8 (N, C, H, W)
     labels = None if data.labels is None else torch.from_numpy(data.labels).to(device)
     model.train()
@@ -199,7 +199,7 @@ def train(
         rate = options.learning_rate * warmup_cosine(step, options.warmup, fraction)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with _memory_remedy(batch):
+        with memory_remedy(batch):
             x0 = to_network(images[index])  # (B, C, H, W)
             if options.flip:
                 x0 = torch.where(draws.uniform()[:, None, None, None] < 0.5, x0.flip(3), x0)
@@ -223,7 +223,7 @@ def to_network(images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _memory_remedy(batch: int) -> Iterator[None]:
+def memory_remedy(batch: int) -> Iterator[None]:
     """Say what to do when memory runs out."""
     try:
         yield
