@@ -86,8 +86,7 @@ def export(
         licence=licence,
     )
     manifest = read_back(manifest)
-    # A copy: the caller's may be on a GPU, in half precision or in the middle of its training.
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = _copy_on_cpu(model)
     check_network(model, manifest.sample_shape, bool(class_names))
     data = to_onnx(Prediction(model), manifest)
     check_exported(data, manifest)
@@ -124,6 +123,17 @@ def export_run(run: str | Path, path: str | Path, **arguments: Any) -> Bundle:
         training=trained.provenance,
         **{"name": trained.config["name"], **arguments},
     )
+
+
+def _copy_on_cpu(model: nn.Module) -> nn.Module:
+    """The network in float32 and evaluation mode, whatever the caller still does with his."""
+    try:
+        return copy.deepcopy(model).cpu().float().eval()
+    except RuntimeError as error:
+        raise ExportError(
+            f"the network cannot be copied: {error}; parametrisations such as "
+            "torch.nn.utils.weight_norm must be removed first (remove_weight_norm)"
+        ) from error
 
 
 def read_back(manifest: Manifest) -> Manifest:
