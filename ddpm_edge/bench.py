@@ -19,6 +19,8 @@ from ddpm_edge.errors import ConfigError
 from ddpm_edge.generator import Generator
 from ddpm_edge.runtimes import Engine, open_engine
 
+PROC_STATUS = "/proc/self/status"  # Linux
+
 Progress = Callable[[float, str], object]  # the share that is done, 0..1, and a note
 
 
@@ -223,7 +225,7 @@ def _cpus() -> int:
 
 
 def _peak_memory_mb() -> float | None:
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+    with contextlib.suppress(OSError), open(PROC_STATUS, encoding="utf-8") as file:
         for line in file:  # Linux's ru_maxrss would be that of the parent, if larger
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6

@@ -188,8 +188,9 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 INTERRUPTED = """
-import sys, threading
+import signal, sys, threading
 import numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin with it ignored
 from ddpm_edge.runtimes import open_engine
 
 engine = open_engine(sys.argv[1], device="cpu")

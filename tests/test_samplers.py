@@ -297,7 +297,7 @@ def test_eta_1_is_algorithm_2_with_beta_tilde() -> None:
 @pytest.mark.filterwarnings("ignore::ddpm_edge.schedule.ScheduleWarning")
 def test_spacing_is_trailing_and_never_repeats() -> None:
     for T in (1, 2, 7, 100, 1000):
-        schedule = Schedule.linear(T, 1e-4, 0.02) if T == 1000 else Schedule.constant(T, 0.999)
+        schedule = Schedule.linear(T, 1e-4, 0.02) if T == 1000 else Schedule.constant(T, 0.5)
         for steps in {1, 2, 3, T // 3, T // 2, T - 1, T} & set(range(1, T + 1)):
             t, s = spaced(schedule, steps)
             assert len(t) == steps

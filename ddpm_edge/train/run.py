@@ -75,7 +75,7 @@ class Run:
     schedule: Schedule
     config: dict[str, Any]
     step: int
-    loss: float | None  # mean over the last logged steps
+    loss: float | None  # of the last line of metrics
 
     @property
     def provenance(self) -> dict[str, Any]:
