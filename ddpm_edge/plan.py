@@ -234,7 +234,8 @@ def run_plan(
         if row.evaluate:
             m = spare.pop() if spare else history.pop()
             answer = ask(x, row.t)
-            if not np.isfinite(answer, out=finite).all():  # clipping would hide an infinity
+            np.isfinite(answer, out=finite)  # before clipping, which would hide an infinity
+            if not np.logical_and.reduce(finite, axis=None):  # finite.all(), sooner
                 raise NonFiniteError(_not_finite(finite, i + 1, plan))
             np.multiply(answer, row.from_answer, out=m)
             if row.from_x:

@@ -60,16 +60,20 @@ class Network:
             labels: int64 (B,), or None where the model takes no label (or for no label).
             guidance: scale of classifier-free guidance; None = labels as they are.
         """
-        null = self.manifest.null_label
-        if null is not None and labels is None:
-            labels = np.full(len(x), null, np.int64)
+        if labels is None:
+            labels = self.no_label(len(x))
         if guidance is None or labels is None:
             return self._evaluate(x, t, labels)
-        without = np.full_like(labels, null)
+        without = self.no_label(len(x))
         both = self._evaluate(np.concatenate([x, x]), t, np.concatenate([without, labels]))
         eps_u, eps_c = both[: len(x)], both[len(x) :]
         answer: Array = eps_u + float(guidance) * (eps_c - eps_u)
         return answer
+
+    def no_label(self, count: int) -> Labels:
+        """The null label for `count` samples, int64 (count,); None where there are no labels."""
+        null = self.manifest.null_label
+        return None if null is None else np.full(count, null, np.int64)
 
     def _evaluate(self, x: Array, t: int, labels: Labels) -> Array:
         number = t + self.manifest.timestep_offset
@@ -109,6 +113,8 @@ def sample_states(
         return network(x, t, labels, guidance)
 
     with enough_memory(len(samples)):
+        if labels is None:
+            labels = network.no_label(len(samples))  # once, not at every step
         draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
         x = draws.rows(Stream.START, range(1))[0] if start is None else np.copy(start)
         yield from run_plan(plan, x, ask, draws, network.manifest.prediction)
