@@ -113,8 +113,6 @@ def sample_states(
         return network(x, t, labels, guidance)
 
     with enough_memory(len(samples)):
-        if labels is None:
-            labels = network.no_label(len(samples))  # once, not at every step
         draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
         x = draws.rows(Stream.START, range(1))[0] if start is None else np.copy(start)
         yield from run_plan(plan, x, ask, draws, network.manifest.prediction)
