@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,3 +36,18 @@ def number(name: str, value: Any, error: type[ConfigError] = ConfigError) -> flo
         return float(value)
     except OverflowError as overflow:
         raise error(f"{name} must be a number that float64 can hold; got {value!r}") from overflow
+
+
+def unknown(what: str, got: Any, known: Iterable[str]) -> str:
+    """What to say of a name that is not one of the known ones: the nearest, and all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{what} must be one of {', '.join(names)}; got {got!r}{hint}"
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, if it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"{name} must be True or False; got {value!r}")
+    return bool(value)

@@ -70,6 +70,8 @@ class Manifest:
         default = str(arguments.pop("sampler", None))
         if sampler not in (None, default):  # another sampler has its own defaults, but for clip
             arguments = {k: v for k, v in arguments.items() if k == "clip"}
+        if not isinstance(options.get("spacing", ""), str):  # a list says how many steps
+            arguments.pop("steps", None)
         arguments |= options if steps is None else {**options, "steps": steps}
         return make_plan(self.schedule, sampler or default, **arguments)
 

@@ -33,6 +33,7 @@ class Stream(IntEnum):
 
     START = 0
     STEP = 1
+    LANGEVIN = 3  # 2 is kept for restoration
 
 
 def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int) -> Float32:
@@ -64,17 +65,16 @@ class Draws:
     def __init__(self, seed: int, first: int, shape: tuple[int, ...]) -> None:
         self.seed, self.first, self.shape = seed, first, shape
         self.ahead = max(1, BLOCK // max(1, math.prod(shape)))
-        self._block: dict[tuple[Stream, int], Float32] = {}
+        self._blocks: dict[Stream, dict[int, Float32]] = {}
         self._philox = np.random.Philox(key=0)
 
     def __call__(self, stream: Stream, row: int) -> Float32:
         """The draws for one row of a plan."""
-        if (stream, row) not in self._block:
+        block = self._blocks.get(stream, {})
+        if row not in block:
             rows = range(row, row + self.ahead)
-            self._block = {
-                (stream, r): z for r, z in zip(rows, self.rows(stream, rows), strict=True)
-            }
-        return self._block[stream, row]
+            block = self._blocks[stream] = dict(zip(rows, self.rows(stream, rows), strict=True))
+        return block[row]
 
     def rows(self, stream: Stream, rows: range) -> Float32:
         """The draws for several rows; float32 (len(rows), B, ...)."""

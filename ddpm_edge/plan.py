@@ -1,6 +1,7 @@
 """A sampler made concrete: a table with one row a step, and the one loop that runs any such table.
 
-With m_i the network's answer at row i, turned into the plan's form ("x0" or "eps"), every row is
+With m_i the network's answer at row i, turned into the plan's form ("x0" or "eps", of the clipped
+x0 where a clip is asked for), every row is
 
     x_next = a_i x + sum_k b_{i,k} m_{i-k} + s_i z_i        k = 0..history
 
@@ -21,7 +22,52 @@ from ddpm_edge.errors import ConfigError, NonFiniteError
 from ddpm_edge.noise import Stream
 
 FORMS = ("x0", "eps")
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v", "velocity")
+
+
+class Clip(NamedTuple):
+    """How far a predicted x0 may go.
+
+    Attributes:
+        limit: x0 ends within [-limit, limit].
+        percentile: None: what is outside is cut. Else "dynamic thresholding" (Saharia et al. 2022,
+            section 2.3): each sample is cut at this percentile of its |x0|, if that is above the
+            limit, and scaled down to the limit.
+    """
+
+    limit: float
+    percentile: float | None = None
+
+    @classmethod
+    def parse(cls, clip: Any) -> Clip | None:
+        """From what a caller writes: None, a limit such as 1.0, or a percentile such as "99.5%".
+
+        With a percentile the limit is 1.0, the range of images.
+        """
+        if clip is None:
+            return None
+        percent = isinstance(clip, str) and clip.endswith("%")
+        try:
+            value = float(clip[:-1]) if percent else checks.number("clip", clip)
+        except (ValueError, ConfigError):
+            value = np.nan
+        if not 0 < value < (100 + 1e-9 if percent else np.inf):
+            raise ConfigError(
+                "clip must be a number above 0, a percentile such as '99.5%', or None; "
+                f"got {clip!r}"
+            )
+        return cls(1.0, value) if percent else cls(value)
+
+    def __call__(self, x0: Array) -> None:
+        """Clip x0 (B, ...) in place."""
+        limit = self.limit
+        if self.percentile is not None:
+            size = np.abs(x0).reshape(len(x0), -1)  # (B, values)
+            cut = np.percentile(size, self.percentile, axis=1).astype(x0.dtype)
+            cut = np.maximum(cut, limit).reshape(-1, *[1] * (x0.ndim - 1))
+            x0 *= limit / cut  # then cutting at the limit is cutting at `cut` before
+        np.maximum(x0, -limit, out=x0)  # np.clip does the same, five times slower
+        np.minimum(x0, limit, out=x0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +77,8 @@ class Plan:
     Attributes:
         name: the call that made it, for people.
         form: what m is, "x0" or "eps".
-        clip: x0 is clipped to [-clip, clip] before it is used; None = not. Needs form "x0".
+        clip: how x0 is clipped before it is used, as `Clip.parse` takes it; None = not. In form
+            "eps" m is then the eps that belongs to the clipped x0.
         t: timestep in 1..T of each row; int64 (N,).
         signal, noise: x_t = signal x_0 + noise eps at that timestep; float64 (N,).
         a: coefficient of x; float64 (N,).
@@ -51,7 +98,7 @@ class Plan:
     a: Float64
     b: Float64
     s: Float64
-    clip: float | None = None
+    clip: float | str | None = None
     evaluate: Bool = field(default_factory=lambda: np.empty(0, bool))
     restart: Bool = field(default_factory=lambda: np.empty(0, bool))
     stream: Int64 = field(default_factory=lambda: np.empty(0, np.int64))
@@ -69,10 +116,9 @@ class Plan:
         for name, value in usual.items():
             if not len(getattr(self, name)):
                 object.__setattr__(self, name, value)
-        if self.form not in FORMS or (self.clip is not None and self.form != "x0"):
-            raise ConfigError(f"a plan of form {self.form!r} with clip={self.clip}: clip needs x0")
-        if self.clip is not None and not (np.isfinite(self.clip) and self.clip > 0):
-            raise ConfigError(f"clip must be a number above 0 or None; got {self.clip!r}")
+        if self.form not in FORMS:
+            raise ConfigError(checks.unknown("a plan's form", self.form, FORMS))
+        Clip.parse(self.clip)
         if n < 1 or any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
             raise ConfigError(f"plan {self.name}: all columns must have the same length >= 1")
         asks_first = self.evaluate[self.restart].all() and self.evaluate[0]
@@ -116,15 +162,21 @@ class Plan:
         return replace(self, name=f"{self.name}.tail({rows})", **part)
 
     def rows(self, prediction: str) -> list[Row]:
-        """The rows for a network that answers `prediction`: "eps", "x0" or "v"."""
-        at_t = zip(self.signal.tolist(), self.noise.tolist(), strict=True)
-        form = [prediction_to_form(prediction, self.form, *pair) for pair in at_t]
+        """The rows for a network that answers `prediction`: one of PREDICTIONS.
+
+        Raises:
+            ConfigError: an unknown prediction, or one that does not tell x0 where no signal is.
+        """
+        form = self.form if self.clip is None else "x0"
+        from_x, from_answer = prediction_to_form(prediction, form, self.signal, self.noise)
         columns = zip(
             self.t.tolist(),
             self.evaluate.tolist(),
             self.restart.tolist(),
-            [from_x for from_x, _ in form],
-            [from_answer for _, from_answer in form],
+            from_x.tolist(),
+            from_answer.tolist(),
+            self.signal.tolist(),
+            self.noise.tolist(),
             self.a.tolist(),
             self.b.tolist(),
             self.s.tolist(),
@@ -139,7 +191,7 @@ class Plan:
         head = f"{'row':>4} {'t':>5} {'signal':>9} {'noise':>9} {'a':>10} {'s':>9}  b"
         lines = [f"{self.name}  form={self.form}", head]
         for i in range(len(self)):
-            b = " ".join(f"{value:.6f}" for value in self.b[i])
+            b = " ".join(f"{value + 0.0:.6f}" for value in self.b[i])  # + 0: no "-0.000000"
             lines.append(
                 f"{self.row[i]:4d} {self.t[i]:5d} {self.signal[i]:9.6f} {self.noise[i]:9.6f} "
                 f"{self.a[i]:10.6f} {self.s[i]:9.6f}  {b}"
@@ -156,8 +208,10 @@ class Row(NamedTuple):
     t: int
     evaluate: bool
     restart: bool
-    from_x: float  # m = from_x x + from_answer (the network's answer)
+    from_x: float  # from_x x + from_answer (the network's answer) is m; with a clip it is x0
     from_answer: float
+    signal: float
+    noise: float
     a: float
     b: list[float]
     s: float
@@ -166,22 +220,39 @@ class Row(NamedTuple):
 
 
 def prediction_to_form(
-    prediction: str, form: str, signal: float, noise: float
-) -> tuple[float, float]:
-    """Coefficients (of x, of the network's answer) whose sum is m.
+    prediction: str, form: str, signal: Float64, noise: Float64
+) -> tuple[Float64, Float64]:
+    """Coefficients (of x, of the network's answer) whose sum is m; float64 (N,) each.
 
-    From x = signal x0 + noise eps and v = signal eps - noise x0 (Salimans and Ho 2022, with
-    signal^2 + noise^2 = 1).
+    From x = signal x0 + noise eps; v = signal eps - noise x0 (Salimans and Ho 2022); and velocity
+    = eps - x0, the derivative of rectified flow's x (Liu et al. 2023).
+
+    Raises:
+        ConfigError: an unknown prediction, or eps where nothing of x0 is left in x.
     """
     if prediction not in PREDICTIONS:
-        raise ConfigError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+        raise ConfigError(checks.unknown("prediction", prediction, PREDICTIONS))
+    if prediction == "eps" and form == "x0" and not signal.all():
+        raise ConfigError(
+            "eps does not tell x0 where the signal is 0, as at the end of rectified flow; the "
+            "network must answer velocity, x0 or v"
+        )
+    one, zero = np.ones_like(signal), np.zeros_like(signal)
     if prediction == form:
-        return 0.0, 1.0
-    if prediction == "v":
-        return (signal, -noise) if form == "x0" else (noise, signal)
-    if form == "x0":  # from eps
-        return 1.0 / signal, -noise / signal
-    return 1.0 / noise, -signal / noise  # eps from x0
+        return zero, one
+    to_x0: tuple[Float64, Float64]
+    if prediction == "eps":
+        to_x0 = one / signal, -noise / signal
+    elif prediction == "v":
+        power = signal**2 + noise**2  # 1 but for rectified flow
+        to_x0 = signal / power, -noise / power
+    elif prediction == "velocity":
+        to_x0 = one / (signal + noise), -noise / (signal + noise)
+    else:
+        to_x0 = zero, one
+    if form == "x0":
+        return to_x0
+    return (one - signal * to_x0[0]) / noise, -signal * to_x0[1] / noise
 
 
 @dataclass(eq=False)
@@ -193,12 +264,13 @@ class State:
     x: Array
     x_before: Array
     m: Array
+    seen: Array | None  # the x0, where the loop came by it
     plan: Plan
 
     def x0(self) -> Array:
         """The x0 that this row saw in x_before; a new array."""
-        if self.plan.form == "x0":
-            return np.copy(self.m)
+        if self.seen is not None:
+            return np.copy(self.seen)
         signal, noise = float(self.plan.signal[self.index]), float(self.plan.noise[self.index])
         x0: Array = (self.x_before - noise * self.m) / signal
         return x0
@@ -219,15 +291,18 @@ def run_plan(
             overwritten.
         ask: the network's answer (B, ...) for (x, t).
         draw: the normal draws of (stream, row number), of x's shape.
-        prediction: what the network answers: "eps", "x0" or "v".
+        prediction: what the network answers, one of PREDICTIONS.
 
     Raises:
+        ConfigError: see `Plan.rows`.
         NonFiniteError: an answer with NaN or infinity.
     """
+    clip = Clip.parse(plan.clip)
     finite = np.empty(x.shape, bool)
     x_next, scratch = np.empty_like(x), np.empty_like(x)
     history: list[Array] = []
     spare = [np.empty_like(x) for _ in range(plan.b.shape[1])]
+    clipped = np.empty_like(x) if plan.form == "eps" and clip is not None else None
     for i, row in enumerate(plan.rows(prediction)):
         if row.restart:
             spare, history = spare + history, []
@@ -240,9 +315,12 @@ def run_plan(
             np.multiply(answer, row.from_answer, out=m)
             if row.from_x:
                 m += np.multiply(x, row.from_x, out=scratch)
-            if plan.clip is not None:  # np.clip does the same, five times slower
-                np.maximum(m, -plan.clip, out=m)
-                np.minimum(m, plan.clip, out=m)
+            if clip is not None:
+                clip(m)
+            if clipped is not None:  # eps = (x - signal x0) / noise
+                np.copyto(clipped, m)
+                np.multiply(m, -row.signal / row.noise, out=m)
+                m += np.multiply(x, 1.0 / row.noise, out=scratch)
             history.insert(0, m)
         np.multiply(x, row.a, out=x_next)
         for b, m in zip(row.b, history, strict=False):
@@ -251,7 +329,8 @@ def run_plan(
         if row.s:
             x_next += np.multiply(draw(row.stream, row.number), row.s, out=scratch)
         x, x_next = x_next, x
-        yield State(i, row.t, x, x_next, history[0], plan)
+        seen = history[0] if plan.form == "x0" else clipped
+        yield State(i, row.t, x, x_next, history[0], seen, plan)
 
 
 def _not_finite(finite: Bool, step: int, plan: Plan) -> str:

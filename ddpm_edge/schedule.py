@@ -32,16 +32,25 @@ class ScheduleWarning(UserWarning):
 class Schedule:
     """The noise schedule of a diffusion model.
 
-    Make one with `linear`, `geometric`, `cosine`, `sigmoid`, `constant` or `from_betas`.
+    Make one with `linear`, `geometric`, `cosine`, `sigmoid`, `constant`, `from_betas` or
+    `rectified_flow`.
 
     Attributes:
         T: number of timesteps.
-        beta: variance added at step t; (T + 1,), beta[0] = 0.
-        alpha: 1 - beta.
-        alpha_bar: product of alpha_1..alpha_t; alpha_bar[0] = 1.
-        signal: sqrt(alpha_bar), what is left of the data at t.
-        noise: sqrt(1 - alpha_bar), standard deviation of the noise in it.
+        signal: what is left of the data at t: x_t = signal x_0 + noise eps; (T + 1,).
+        noise: standard deviation of the noise in x_t.
+        alpha_bar: signal^2 / (signal^2 + noise^2), the signal's share of the power. Where betas
+            are given, signal = sqrt(alpha_bar) and noise = sqrt(1 - alpha_bar) (Eq 4).
+        alpha: alpha_bar_t / alpha_bar_{t-1}.
+        beta: 1 - alpha; beta[0] = 0.
     """
+
+    T: int
+    signal: Float64
+    noise: Float64
+    alpha_bar: Float64
+    alpha: Float64
+    beta: Float64
 
     def __init__(self, betas: ArrayLike, definition: dict[str, Any] | None = None) -> None:
         try:
@@ -60,22 +69,28 @@ class Schedule:
                 f"every beta must be finite and strictly between 0 and 1; got "
                 f"beta_{t} = {values[t - 1]} (t = {t} of {values.size})"
             )
-        self.T = int(values.size)
-        self.beta: Float64 = np.concatenate([[0.0], values])
-        self.alpha: Float64 = 1.0 - self.beta
-        self.alpha_bar: Float64 = np.cumprod(self.alpha, dtype=np.float64)
-        self.signal: Float64 = np.sqrt(self.alpha_bar)
-        self.noise: Float64 = np.sqrt(1.0 - self.alpha_bar)
-        if self.signal[-1] < LEAST_SIGNAL:
+        beta = np.concatenate([[0.0], values])
+        alpha = 1.0 - beta
+        alpha_bar = np.cumprod(alpha, dtype=np.float64)
+        signal, noise = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
+        if signal[-1] < LEAST_SIGNAL:
             raise ScheduleError(
-                f"sqrt(alpha_bar_T) = {self.signal[-1]:.3g} is too small for float32, in which x_T "
+                f"sqrt(alpha_bar_T) = {signal[-1]:.3g} is too small for float32, in which x_T "
                 f"would be divided by it; expected at least {LEAST_SIGNAL:g}: lower "
-                f"T = {self.T} or the betas"
+                f"T = {values.size} or the betas"
             )
-        self._definition = definition or {"rule": "betas", "betas": values.tolist()}
-        for array in (self.beta, self.alpha, self.alpha_bar, self.signal, self.noise):
-            array.setflags(write=False)
+        self._hold(
+            definition or {"rule": "betas", "betas": values.tolist()},
+            beta=beta, alpha=alpha, alpha_bar=alpha_bar, signal=signal, noise=noise,
+        )  # fmt: skip
         self._warn()
+
+    def _hold(self, definition: dict[str, Any], **arrays: Float64) -> None:
+        """Keep the arrays, which nobody may change."""
+        self.T, self._definition = len(arrays["signal"]) - 1, definition
+        for name, array in arrays.items():
+            array.setflags(write=False)
+            setattr(self, name, array)
 
     def _warn(self) -> None:
         if self.signal[-1] > 0.01:
@@ -137,6 +152,24 @@ class Schedule:
         """Any beta_1..beta_T, each strictly between 0 and 1."""
         return cls(betas)
 
+    @classmethod
+    def rectified_flow(cls, T: int = 1000) -> Schedule:
+        """A straight line to noise: x_t = (1 - t/T) x_0 + (t/T) eps (Liu et al. 2023).
+
+        Nothing of the data is left at T, so the network must answer "velocity", "x0" or "v".
+        """
+        (T,) = _arguments(T)
+        noise = np.arange(T + 1) / T
+        signal = 1.0 - noise
+        alpha_bar = signal**2 / (signal**2 + noise**2)
+        alpha = np.append(1.0, alpha_bar[1:] / alpha_bar[:-1])
+        schedule = cls.__new__(cls)
+        schedule._hold(
+            {"rule": "rectified-flow", "T": T},
+            beta=1.0 - alpha, alpha=alpha, alpha_bar=alpha_bar, signal=signal, noise=noise,
+        )  # fmt: skip
+        return schedule
+
     # The forward process
 
     def q_sample(self, x0: Array, t: ArrayLike, eps: Array) -> Array:
@@ -154,17 +187,22 @@ class Schedule:
     def posterior_mean(self, x0: Array, x_t: Array, t: ArrayLike) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), t in 1..T (Eq 7)."""
         t = self.check_t(t, least=1)
-        scale = 1.0 - self.alpha_bar[t]
-        to_x0 = self.signal[t - 1] * self.beta[t] / scale
-        to_xt = np.sqrt(self.alpha[t]) * (1.0 - self.alpha_bar[t - 1]) / scale
+        step, variance = self._transition(t)
+        to_x0 = self.signal[t - 1] * variance / self.noise[t] ** 2
+        to_xt = step * self.noise[t - 1] ** 2 / self.noise[t] ** 2
         mean: Array = _like(to_x0, x0) * x0 + _like(to_xt, x0) * x_t
         return mean
 
     def posterior_variance(self, t: ArrayLike) -> Float64:
         """Variance of q(x_{t-1} | x_t, x_0), "beta-tilde", t in 1..T; 0 at t = 1 (Eq 7)."""
         t = self.check_t(t, least=1)
-        variance: Float64 = (1.0 - self.alpha_bar[t - 1]) * self.beta[t] / (1.0 - self.alpha_bar[t])
-        return variance
+        _, variance = self._transition(t)
+        posterior: Float64 = variance * self.noise[t - 1] ** 2 / self.noise[t] ** 2
+        return posterior
+
+    def _transition(self, t: Int64) -> tuple[Float64, Float64]:
+        s = t - 1
+        return transition(self.signal[t], self.noise[t], self.signal[s], self.noise[s])
 
     def check_t(self, t: ArrayLike, least: int = 0) -> Int64:
         """`t` as int64, or a ScheduleError if it is not a whole number in least..T."""
@@ -188,7 +226,7 @@ class Schedule:
         rule = arguments.pop("rule", None)
         make = RULES.get(rule) if isinstance(rule, str) else None
         if make is None:
-            raise ScheduleError(f"unknown schedule rule {rule!r}; known: {', '.join(RULES)}")
+            raise ScheduleError(f"schedule {checks.unknown('rule', rule, RULES)}")
         known = inspect.signature(make).parameters
         for name in arguments:
             if name not in known:
@@ -212,6 +250,7 @@ RULES: dict[str, Callable[..., Schedule]] = {
     "cosine": Schedule.cosine,
     "sigmoid": Schedule.sigmoid,
     "constant": Schedule.constant,
+    "rectified-flow": Schedule.rectified_flow,
     "betas": Schedule.from_betas,
 }
 
@@ -233,3 +272,16 @@ def _like(coefficient: Float64, x: Array) -> Array:
         raise ScheduleError(f"samples must be floating-point arrays; got {x.dtype}")
     array: Array = np.asarray(coefficient).astype(x.dtype)
     return array.reshape(array.shape + (1,) * (x.ndim - array.ndim))
+
+
+def transition(
+    signal_t: Float64, noise_t: Float64, signal_s: Float64, noise_s: Float64
+) -> tuple[Float64, Float64]:
+    """Factor and variance of q(x_t | x_s), s < t: x_t = factor x_s + sqrt(variance) z.
+
+    From (signal, noise) at both ends (Kingma et al. 2021, "Variational diffusion models", Eq 3);
+    from t - 1 to t they are sqrt(1 - beta_t) and beta_t.
+    """
+    factor: Float64 = signal_t / signal_s
+    variance: Float64 = noise_t**2 - factor**2 * noise_s**2
+    return factor, np.maximum(variance, 0.0)  # where nothing is added rounding may go below

@@ -12,7 +12,7 @@ import pytest
 from ddpm_edge import samplers
 from ddpm_edge.errors import ConfigError, NonFiniteError
 from ddpm_edge.noise import Stream
-from ddpm_edge.plan import Plan, prediction_to_form, run_plan
+from ddpm_edge.plan import PREDICTIONS, Clip, Plan, prediction_to_form, run_plan
 from ddpm_edge.schedule import Schedule
 
 
@@ -92,13 +92,28 @@ def test_float32_stays_float32() -> None:
 
 
 @pytest.mark.parametrize("form", ["eps", "x0"])
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_prediction_in_every_form(prediction: str, form: str) -> None:
-    signal, noise, x0, eps = 0.6, 0.8, 0.5, -1.5
+    """On the circle signal^2 + noise^2 = 1, on rectified flow's line signal + noise = 1, beside."""
+    signal, noise = np.array([0.6, 0.3, 0.5]), np.array([0.8, 0.7, 1.0])
+    x0, eps = 0.5, -1.5
     x = signal * x0 + noise * eps
-    answer = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[prediction]
+    answer = {
+        "eps": eps, "x0": x0, "v": signal * eps - noise * x0, "velocity": eps - x0
+    }[prediction]  # fmt: skip
     from_x, from_answer = prediction_to_form(prediction, form, signal, noise)
-    assert from_x * x + from_answer * answer == pytest.approx({"eps": eps, "x0": x0}[form])
+    want = np.full(3, {"eps": eps, "x0": x0}[form])
+    assert from_x * x + from_answer * answer == pytest.approx(want)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "velocity"])
+def test_x0_where_no_signal_is_left(prediction: str) -> None:
+    x0, eps = 0.5, -1.5
+    answer = {"x0": x0, "v": -x0, "velocity": eps - x0}[prediction]
+    from_x, from_answer = prediction_to_form(prediction, "x0", np.zeros(1), np.ones(1))
+    assert from_x * eps + from_answer * answer == pytest.approx(x0)
+    with pytest.raises(ConfigError, match="eps does not tell x0 where the signal is 0"):
+        prediction_to_form("eps", "x0", np.zeros(1), np.ones(1))
 
 
 @pytest.mark.filterwarnings("ignore::ddpm_edge.schedule.ScheduleWarning")
@@ -136,7 +151,7 @@ def test_tail_draws_and_moves_as_the_whole() -> None:
 
 
 def test_unknown_prediction() -> None:
-    with pytest.raises(ConfigError, match="prediction must be one of eps, x0, v; got 'score'"):
+    with pytest.raises(ConfigError, match="must be one of eps, x0, v, velocity; got 'score'"):
         next(run_plan(plan(), np.zeros((2, 3)), network, draw, "score"))
 
 
@@ -151,14 +166,21 @@ def test_evaluations_and_table() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"form": "score"}, "form 'score'"),
-        ({"clip": 1.0}, "clip needs x0"),
+        ({"form": "score"}, "a plan's form must be one of x0, eps; got 'score'"),
+        ({"clip": 0.0}, "clip must be a number above 0, .* got 0.0"),
+        ({"clip": "101%"}, "a percentile such as '99.5%', or None; got '101%'"),
+        ({"clip": "0%"}, "got '0%'"),
+        ({"clip": "a%"}, "got 'a%'"),
+        ({"clip": "nan%"}, "got 'nan%'"),
+        ({"clip": "1"}, "got '1'"),
+        ({"clip": True}, "got True"),
+        ({"clip": np.inf}, "got inf"),
         ({"a": np.ones(3)}, "same length"),
         ({"b": np.ones(4)}, "same length"),
         ({"s": np.array([1.0, np.nan, 0.0, 0.0])}, "must be finite"),
         ({"a": np.full(4, np.inf)}, "must be finite"),
         ({"b": np.ones((4, 0))}, "b needs a column"),
-        ({"form": "x0", "clip": np.nan}, "clip must be a number above 0 or None; got nan"),
+        ({"form": "x0", "clip": np.nan}, "clip must be a number above 0, .* got nan"),
         ({"b": np.ones((4, 2))}, "row 0 uses an answer that was never asked"),
         ({"restart": np.array([True, False, True, False])}, "row 2 uses an answer"),
         ({"evaluate": np.array([True, False, True, True])}, "do not ask need form 'x0'"),
@@ -169,6 +191,41 @@ def test_evaluations_and_table() -> None:
 def test_tables_that_cannot_run(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(plan(), **changes)
+
+
+def test_a_percentile_is_imagens_dynamic_thresholding() -> None:
+    """Against diffusers' `_threshold_sample`, whose default maximum of 1 makes it a plain clip."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(
+        thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9
+    )
+    x0 = np.random.default_rng(0).standard_normal((3, 1, 8, 8))
+    x0[0] *= 0.1  # nothing of it is above the limit: it stays as it is
+    x0[2, 0, 0, 0] = 50.0
+    expected = scheduler._threshold_sample(torch.from_numpy(x0)).numpy()
+    got = x0.copy()
+    clip = Clip.parse("90%")
+    assert clip == Clip(1.0, 90.0)
+    clip(got)
+    assert np.abs(got - expected).max() < 1e-12
+    assert np.array_equal(got[0], x0[0])
+    assert np.abs(got).max() == 1.0
+
+
+@pytest.mark.parametrize("form", ["x0", "eps"])
+@pytest.mark.parametrize("clip", [None, 0.3, "80%"])
+def test_x0_that_is_shown_is_the_one_that_was_used(clip: float | str | None, form: str) -> None:
+    p = plan(form=form, clip=clip)
+    before = np.linspace(-1, 1, 6).reshape(2, 3)
+    for state in run_plan(p, before.copy(), network, draw):
+        x0 = (before - p.noise[state.index] * network(before, state.t)) / p.signal[state.index]
+        if clip is not None:
+            Clip.parse(clip)(x0)
+        assert np.abs(state.x0() - x0).max() < 1e-12
+        eps = (before - p.signal[state.index] * x0) / p.noise[state.index]
+        assert np.abs(state.m - (x0 if form == "x0" else eps)).max() < 1e-12
+        before = state.x.copy()
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
@@ -183,7 +240,7 @@ def test_x0_is_the_callers_own(clip: float | None) -> None:
 
 def test_the_loop_allocates_no_array_a_step() -> None:
     x, answer = np.ones((4, 65536), np.float32), np.zeros((4, 65536), np.float32)
-    plan = samplers.ddpm(Schedule.linear(), 50, clip=1.0)
+    plan = samplers.ddpm(Schedule.linear(), 250, clip=1.0)
     states = run_plan(plan, x, lambda x, t: answer, lambda stream, row: answer, "x0")
     next(states)
     tracemalloc.start()

@@ -10,8 +10,12 @@ import click
 
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.runtimes import RUNTIMES
-from ddpm_edge.samplers import SAMPLERS, VARIANCES
+from ddpm_edge.samplers import SAMPLERS, SPACINGS, VARIANCES
 from ddpm_edge.schedule import RULES, Schedule
+
+PLAN_OPTIONS = (
+    "sampler", "steps", "spacing", "order", "sde", "eta", "variance", "corrections", "snr", "clip",
+)  # fmt: skip
 
 
 def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -42,30 +46,37 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option(
         "--sampler",
-        type=click.Choice(list(SAMPLERS)),
-        help="ddpm is Algorithm 2, all T steps unless --steps.  [default: the bundle's]",
+        help=f"{', '.join(SAMPLERS)}. ddpm is Algorithm 2, all T steps unless --steps.  "
+        "[default: the bundle's]",
     )
-    @click.option("--steps", type=int, help="Evaluations of the network, 1 to T.")
+    @click.option("--steps", type=int, help="Steps of the sampler, 1 to T.")
+    @click.option(
+        "--spacing",
+        help=f"Which timesteps: {', '.join(SPACINGS)}, or a list such as 1000,600,200.",
+    )
+    @click.option(
+        "--order", type=int, help="dpmpp, dpm, unipc: 1 to 3 [default: 2]; ipndm: 1 to 4."
+    )
+    @click.option("--sde", is_flag=True, default=None, help="dpmpp, dpm: draw noise at each step.")
     @click.option("--eta", type=float, help="ddim: randomness, 0 to 1.  [default: 0]")
     @click.option(
         "--variance",
-        type=click.Choice(VARIANCES),
-        help="ddpm: variance of each step.  [default: beta]",
+        help=f"ddpm: variance of each step, {' or '.join(VARIANCES)}.",
     )
-    @click.option("--clip", help="Limit of the predicted image, or 'off'.  [default: 1.0]")
+    @click.option("--corrections", type=int, help="pc: Langevin steps a timestep.  [default: 1]")
+    @click.option("--snr", type=float, help="pc: their signal-to-noise ratio.  [default: 0.16]")
+    @click.option(
+        "--clip",
+        help="Limit of the predicted image, a percentile such as 99.5%, or 'off'.  [default: 1.0]",
+    )
     @functools.wraps(command)
-    def gathered(
-        sampler: str | None,
-        steps: int | None,
-        eta: float | None,
-        variance: str | None,
-        clip: str | None,
-        **others: Any,
-    ) -> None:
-        given = {"sampler": sampler, "steps": steps, "eta": eta, "variance": variance}
-        plan: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if clip is not None:
-            plan["clip"] = None if clip == "off" else _clip_limit(clip)
+    def gathered(**given: Any) -> None:
+        plan = {n: given.pop(n) for n in PLAN_OPTIONS if given.get(n) is not None}
+        others = {n: value for n, value in given.items() if n not in PLAN_OPTIONS}
+        if "spacing" in plan:
+            plan["spacing"] = _spacing(plan["spacing"])
+        if "clip" in plan:
+            plan["clip"] = None if plan["clip"] == "off" else _clip(plan["clip"])
         command(plan=plan, **others)
 
     return gathered
@@ -112,8 +123,23 @@ def given_options(ctx: click.Context) -> dict[str, str]:
     }
 
 
-def _clip_limit(text: str) -> float:
+def _spacing(text: str) -> str | list[int]:
+    """A name, or the timesteps in "1000,600,200"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not any(part.lstrip("-").isdecimal() for part in parts):
+        return text
+    try:
+        return [int(part) for part in parts]
+    except ValueError as error:
+        raise ConfigError(
+            f"--spacing must be one of {', '.join(SPACINGS)}, or whole numbers such as "
+            f"1000,600,200; got {text!r}"
+        ) from error
+
+
+def _clip(text: str) -> float | str:
+    """A limit, or a percentile."""
     try:
         return float(text)
-    except ValueError as error:
-        raise ConfigError(f"--clip must be a number above 0 or 'off'; got {text!r}") from error
+    except ValueError:
+        return text

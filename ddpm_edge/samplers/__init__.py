@@ -1,0 +1,55 @@
+"""Samplers: functions of a Schedule that return a Plan.
+
+A sampler is one function in one of these files and its entry in `SAMPLERS`; the loop, the command
+line and the Generator know it from then on. Each takes `steps` and `spacing` (see `grid`) and
+`clip` (see `ddpm_edge.plan.Clip`), and what is its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ddpm_edge import checks
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.plan import Plan
+from ddpm_edge.samplers.dpm_solver import dpm, dpmpp
+from ddpm_edge.samplers.grid import SPACINGS, Grid, timesteps
+from ddpm_edge.samplers.ipndm import ipndm
+from ddpm_edge.samplers.one_step import (
+    VARIANCES,
+    SamplerWarning,
+    consistency,
+    ddim,
+    ddpm,
+    euler,
+)
+from ddpm_edge.samplers.predictor_corrector import pc
+from ddpm_edge.samplers.unipc import unipc
+from ddpm_edge.schedule import Schedule
+
+__all__ = [
+    "SAMPLERS", "SPACINGS", "VARIANCES", "Grid", "SamplerWarning", "consistency", "ddim", "ddpm",
+    "dpm", "dpmpp", "euler", "ipndm", "make_plan", "pc", "timesteps", "unipc",
+]  # fmt: skip
+
+SAMPLERS: dict[str, Callable[..., Plan]] = {
+    function.__name__: function
+    for function in (ddpm, ddim, dpmpp, dpm, unipc, ipndm, euler, consistency, pc)
+}
+
+
+def make_plan(schedule: Schedule, sampler: str, /, **options: Any) -> Plan:
+    """The plan of the sampler called `sampler`.
+
+    Raises:
+        ConfigError: no such sampler, an option that it does not have, or a bad value.
+    """
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        raise ConfigError(checks.unknown("sampler", sampler, SAMPLERS))
+    known = list(inspect.signature(SAMPLERS[sampler]).parameters)[1:]
+    for name in options:
+        if name not in known:
+            raise ConfigError(checks.unknown(f"an option of sampler {sampler!r}", name, known))
+    return SAMPLERS[sampler](schedule, **options)

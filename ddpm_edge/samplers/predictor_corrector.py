@@ -1,0 +1,76 @@
+"""Predictor-corrector sampling (Song et al. 2021, "Score-based generative modeling ...")."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ddpm_edge import checks
+from ddpm_edge.arrays import Float64, Int64
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.noise import Stream
+from ddpm_edge.plan import Plan
+from ddpm_edge.samplers.grid import DEFAULT_SPACING, Grid, Spacing, call_name
+from ddpm_edge.samplers.one_step import ddpm
+from ddpm_edge.schedule import Schedule
+
+
+def pc(
+    schedule: Schedule,
+    steps: int | None = None,
+    corrections: int = 1,
+    snr: float = 0.16,
+    spacing: Spacing = DEFAULT_SPACING,
+    clip: float | str | None = None,
+) -> Plan:
+    """Algorithm 2 with beta-tilde as predictor, and Langevin steps at every timestep it reaches.
+
+    A Langevin step is x <- x + step score + sqrt(2 step) z with score = -eps / noise and step =
+    2 (snr noise)^2. In the paper's Algorithm 4 step = 2 (snr |z| / |score|)^2 depends on norms in
+    the batch; here both are at their expectation, so that a sample depends on its own noise alone.
+
+    Args:
+        schedule: the forward process.
+        steps: of the predictor; see `timesteps`. The network is asked steps + (steps - 1)
+            corrections times.
+        corrections: Langevin steps after each but the last, >= 0.
+        snr: "signal-to-noise ratio" of a Langevin step, above 0.
+        spacing: see `timesteps`.
+        clip: of x0, see `Clip.parse`; None = not.
+    """
+    corrections = checks.whole("corrections", corrections, least=0)
+    if not 0.0 < checks.number("snr", snr) < np.inf:
+        raise ConfigError(f"snr must be a number above 0; got {snr!r}")
+    grid = Grid.of(schedule, steps, spacing)
+    predictor = ddpm(schedule, None, "beta-tilde", grid.t.tolist())
+    a, b, s = langevin(grid.signal[1:-1], grid.noise[1:-1], snr)
+    # Each predictor row but the last is followed by its corrector rows.
+    n = len(grid)
+    rows = np.repeat(np.arange(n), [1 + corrections] * (n - 1) + [1])
+    first = np.append(True, np.diff(rows) > 0)  # the predictor's
+    at = np.where(first, rows, rows + 1)  # where the network is asked: after the step for Langevin
+    k = np.minimum(rows, n - 2) if n > 1 else rows
+
+    def merged(of_predictor: Float64, of_corrector: Float64) -> Float64:
+        return np.where(first, of_predictor[rows], of_corrector[k] if n > 1 else 0.0)
+
+    stream: Int64 = np.where(first, Stream.STEP, Stream.LANGEVIN)
+    options = {"corrections": corrections, "snr": float(snr)}
+    return Plan(
+        name=call_name("pc", n, spacing, clip, options),
+        form="x0",
+        clip=clip,
+        t=grid.t[at],
+        signal=grid.signal[at],
+        noise=grid.noise[at],
+        a=merged(predictor.a, a),
+        b=merged(predictor.b[:, 0], b)[:, None],
+        s=merged(predictor.s, s),
+        stream=stream,
+    )
+
+
+def langevin(signal: Float64, noise: Float64, snr: float) -> tuple[Float64, Float64, Float64]:
+    """Coefficients (of x, of x0, of z) of a Langevin step at a noise level."""
+    step = 2.0 * (snr * noise) ** 2
+    pull = step / noise**2  # x - step eps / noise, with eps = (x - signal x0) / noise
+    return 1.0 - pull, pull * signal, np.sqrt(2.0 * step)
