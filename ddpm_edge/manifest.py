@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ddpm_edge import checks, noise
 from ddpm_edge.errors import BundleError, ConfigError
-from ddpm_edge.plan import PREDICTIONS, Plan
+from ddpm_edge.plan import Plan, check_prediction
 from ddpm_edge.samplers import make_plan
 from ddpm_edge.schedule import Schedule
 
@@ -28,7 +28,7 @@ class Manifest:
         name: of the model.
         sample_shape: (C, H, W) of one sample; values in [-1, 1].
         schedule: the forward process it was trained with.
-        prediction: what the network answers, "eps", "x0" or "v".
+        prediction: what the network answers, one of PREDICTIONS.
         timestep_offset: the network is fed t + offset, t in 1..T, as int64.
         class_names: one a label; empty = the model takes no label. The null label is their number.
         plan: arguments of the default plan: "sampler", "steps" and the sampler's options.
@@ -135,6 +135,7 @@ class Manifest:
             understood = manifest.to_dict()
             known_keys("", document, [*understood, "files", "digest"])
             known_keys("timestep.", document["timestep"], understood["timestep"])
+            check_prediction(manifest.prediction, manifest.schedule)
             manifest.make_plan()  # found now, not at the first image
         except KeyError as error:
             raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
@@ -143,11 +144,8 @@ class Manifest:
         for name, (got, want) in expected.items():
             if got != want:
                 raise BundleError(f"{MANIFEST} says {name} = {got!r}; this version knows {want!r}")
-        if len(shape) != 3 or min(shape) < 1 or manifest.prediction not in PREDICTIONS:
-            raise BundleError(
-                f"{MANIFEST}: sample_shape {shape} or prediction {manifest.prediction!r} is not "
-                f"valid; expected (C, H, W) and one of {', '.join(PREDICTIONS)}"
-            )
+        if len(shape) != 3 or min(shape) < 1:
+            raise BundleError(f"{MANIFEST}: sample_shape {shape} is not valid; expected (C, H, W)")
         if not manifest.variants:
             raise BundleError(f"{MANIFEST} lists no variants; export the model again")
         return manifest

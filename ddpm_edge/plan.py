@@ -20,6 +20,7 @@ from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Bool, Float64, Int64
 from ddpm_edge.errors import ConfigError, NonFiniteError
 from ddpm_edge.noise import Stream
+from ddpm_edge.schedule import Schedule
 
 FORMS = ("x0", "eps")
 PREDICTIONS = ("eps", "x0", "v", "velocity")
@@ -253,6 +254,11 @@ def prediction_to_form(
     if form == "x0":
         return to_x0
     return (one - signal * to_x0[0]) / noise, -signal * to_x0[1] / noise
+
+
+def check_prediction(prediction: str, schedule: Schedule) -> None:
+    """Raise ConfigError unless a network that answers this tells x0 at every t in 1..T."""
+    prediction_to_form(prediction, "x0", schedule.signal[1:], schedule.noise[1:])
 
 
 @dataclass(eq=False)

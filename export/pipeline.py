@@ -48,7 +48,7 @@ def export(
         schedule: the forward process it was trained with.
         path: directory to write; an existing bundle there is replaced at once and whole.
         sample_shape: (C, H, W).
-        prediction: what it answers: "eps", "x0" or "v".
+        prediction: what it answers, one of `ddpm_edge.plan.PREDICTIONS`.
         timestep_offset: it is fed t + offset, t in 1..T.
         class_names: one name a label, or none.
         name: of the model; None = the directory's name.

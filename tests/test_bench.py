@@ -97,7 +97,7 @@ def test_where_the_system_does_not_say_there_is_no_memory(monkeypatch: pytest.Mo
         ({"batches": []}, ConfigError, "batches is empty; give at least one"),
         ({"runs": 0}, ConfigError, "runs must be a whole number >= 1; got 0"),
         ({"steps": 0}, ConfigError, "steps must be a whole number >= 1; got 0"),
-        ({"etta": 0}, ConfigError, "'ddim' has no option 'etta'"),
+        ({"etta": 0}, ConfigError, "got 'etta'; did you mean 'eta'"),
         ({"path": "nothing"}, BundleError, "no bundle at nothing"),
         ({"variant": "int4"}, BundleError, "has no variant 'int4'"),
     ],
@@ -129,10 +129,10 @@ def test_command_prints_a_table(copy: Path) -> None:
 
 
 def test_command_prints_json() -> None:
-    result = run("--runs", 1, "--steps", 2, "--sampler", "ddpm", "--json")
+    result = run("--runs", 1, "--steps", 2, "--sampler", "euler", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.output)
-    assert report["plan"] == "ddpm(steps=2, variance=beta, clip=1)"
+    assert report["plan"] == "euler(steps=2, clip=1)"
     assert [b["batch"] for b in report["batches"]] == [1, 4]
     for b in report["batches"]:
         assert b["images_a_second"] == pytest.approx(b["batch"] * 1e3 / (b["ms_a_step"] * 2))

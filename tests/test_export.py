@@ -130,11 +130,25 @@ def test_other_networks(
         assert generator.sample(2, seed=0).shape == (2, *shape[1:], shape[0])
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_other_predictions(tmp_path: Path, prediction: str) -> None:
-    export(network(0), Schedule.cosine(10), tmp_path / "b", sample_shape=SHAPE,
-           prediction=prediction)  # fmt: skip
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [
+        ("x0", Schedule.cosine(10)),
+        ("v", Schedule.cosine(10)),
+        ("velocity", Schedule.rectified_flow(10)),
+    ],
+)
+def test_other_predictions(tmp_path: Path, prediction: str, schedule: Schedule) -> None:
+    export(network(0), schedule, tmp_path / "b", sample_shape=SHAPE,
+           prediction=prediction, gate="full")  # fmt: skip
     assert Bundle.open(tmp_path / "b").manifest.prediction == prediction
+    with Generator.load(tmp_path / "b") as generator:
+        assert generator.sample(1, seed=0, sampler="euler", steps=4).shape == (1, 8, 8, 1)
+
+
+def test_rectified_flow_needs_a_prediction_that_tells_x0(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eps does not tell x0 .* must answer velocity, x0 or v"):
+        export(network(0), Schedule.rectified_flow(10), tmp_path / "b", sample_shape=SHAPE)
 
 
 @pytest.mark.parametrize("change", [5e-4, np.nan])
@@ -326,7 +340,7 @@ def test_networks_that_cannot_be_exported(
     ("arguments", "message"),
     [
         ({"class_names": [0, 1]}, "expected str, got 0"),
-        ({"prediction": "score"}, "prediction 'score'"),
+        ({"prediction": "score"}, "must be one of eps, x0, v, velocity; got 'score'"),
         ({"timestep_offset": 0.5}, "expected int, got 0.5"),
         ({"training": {"loss": float("nan")}}, "not JSON compliant"),
         ({"training": {"loss": np.float32(1)}}, "not JSON serializable"),

@@ -137,7 +137,7 @@ class Recorder(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "velocity"])
 def test_loss_is_the_error_of_what_is_predicted(prediction: str) -> None:
     schedule = Schedule.linear()
     model, x0 = Recorder(), torch.full((512, 1, 2, 2), 0.5)
@@ -151,7 +151,8 @@ def test_loss_is_the_error_of_what_is_predicted(prediction: str) -> None:
     signal, noise = schedule.signal[t + 1], schedule.noise[t + 1]
     eps = (x_t - signal[:, None, None, None] * 0.5) / noise[:, None, None, None]  # Eq 4 solved
     v = signal[:, None, None, None] * eps - noise[:, None, None, None] * 0.5
-    target = {"eps": eps, "x0": np.full_like(eps, 0.5), "v": v}[prediction]  # the answer is 0
+    x0_of, velocity = np.full_like(eps, 0.5), eps - 0.5
+    target = {"eps": eps, "x0": x0_of, "v": v, "velocity": velocity}[prediction]  # the answer is 0
     assert float(loss) == pytest.approx(float((target**2).mean()), rel=1e-5)
     assert abs(eps.mean()) < 4 / math.sqrt(eps.size)  # 4 standard errors
     assert abs((label == 3).mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 512)
@@ -279,7 +280,7 @@ def test_ema_is_the_recursion_with_warm_up() -> None:
         ({"learning_rate": math.nan}, "learning_rate must be > 0; got nan"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\); got 1.0"),
         ({"null_label": 1.1}, "null_label must be in"),
-        ({"prediction": "score"}, "prediction must be eps, x0, v; got 'score'"),
+        ({"prediction": "score"}, "prediction must be eps, x0, v, velocity; got 'score'"),
         ({"precision": "fp8"}, "precision must be auto, bf16 or fp32; got 'fp8'"),
     ],
 )

@@ -28,6 +28,7 @@ from ddpm_edge.files import write_bytes
 from ddpm_edge.images import save_grid, to_images
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.sampling import Network, sample_states
+from ddpm_edge.plan import check_prediction
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train.checkpoint import (
     checkpoint_path,
@@ -124,6 +125,7 @@ def record(
         raise RunError(
             f"{directory} exists and is not empty; give a new directory, or go on with --resume"
         )
+    check_prediction(options.prediction, schedule)
     workers = Workers.join(options.device)
     model_description = (
         {"factory": network} if isinstance(network, str) else {"unet": network.to_dict()}

@@ -44,7 +44,7 @@ class TrainOptions:
         ema: limit of the decay of the averaged weights, in [0, 1).
         clip: largest norm of the gradient.
         null_label: probability of training a labelled image without its label, in [0, 1].
-        prediction: what the network learns to answer, "eps", "x0" or "v".
+        prediction: what the network learns to answer, one of PREDICTIONS.
         flip: mirror half of the images left to right, chosen anew at each step.
         seed: of the weights, the order of the images, t and eps.
         precision: "bf16", "fp32" or "auto" (bf16 where the device computes in it).
@@ -103,7 +103,7 @@ class Algorithm1:
 
     Args:
         schedule: the forward process.
-        prediction: what the network answers, "eps", "x0" or "v".
+        prediction: what the network answers, one of PREDICTIONS.
         null_label: probability of training a labelled image without its label.
         null: the label that means "none".
         device: of everything.
@@ -131,7 +131,9 @@ class Algorithm1:
         inputs = [x_t, t + TIMESTEP_OFFSET]
         if label is not None:  # classifier-free: sometimes without its label
             inputs.append(torch.where(draws.uniform() < self.null_label, self.null, label))
-        target = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[self.prediction]
+        target = {
+            "eps": eps, "x0": x0, "v": signal * eps - noise * x0, "velocity": eps - x0
+        }[self.prediction]  # fmt: skip
         return F.mse_loss(prediction_of(model(*inputs)).float(), target)  # Eq 14 for eps
 
 
