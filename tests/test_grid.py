@@ -151,7 +151,7 @@ def test_orders(steps: int, taper: bool, orders: list[int]) -> None:
         ({"spacing": []}, "spacing is an empty list"),
         ({"spacing": 5}, "spacing must be a name or a list of timesteps; got 5"),
         ({"spacing": None}, "got None"),
-        ({"steps": 3, "spacing": [9, 8]}, "steps is 3, but spacing lists 2 timesteps; give no steps"),
+        ({"steps": 3, "spacing": [9, 8]}, "steps is 3, but spacing lists 2 timesteps; give"),
     ],
 )  # fmt: skip
 def test_bad_timesteps(arguments: dict[str, Any], message: str) -> None:

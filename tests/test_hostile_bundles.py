@@ -572,7 +572,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field of the schedule": (
         {"schedule": {"rule": "linear", "code": "x"}}, "has no code"),
     "unknown option of the plan": (
-        {"plan": {"sampler": "ddim", "steps": 5, "code": "x"}}, "an option of sampler 'ddim' must be"),
+        {"plan": {"sampler": "ddim", "steps": 5, "code": "x"}}, "option of sampler 'ddim' must"),
     "a schedule of 10^12 steps": ({"schedule": {"rule": "linear", "T": 10**12}}, "T = 10000000000"),
     "a schedule of 10^300 steps": ({"schedule": {"rule": "constant", "T": 10**300}}, "at most 100"),
     "a plan of 10^12 steps": ({"plan": {"sampler": "ddim", "steps": 10**12}}, "must be in 1..1000"),

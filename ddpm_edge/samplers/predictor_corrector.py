@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ddpm_edge import checks
-from ddpm_edge.arrays import Float64, Int64
+from ddpm_edge.arrays import Float64
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan
@@ -42,30 +42,23 @@ def pc(
         raise ConfigError(f"snr must be a number above 0; got {snr!r}")
     grid = Grid.of(schedule, steps, spacing)
     predictor = ddpm(schedule, None, "beta-tilde", grid.t.tolist())
-    a, b, s = langevin(grid.signal[1:-1], grid.noise[1:-1], snr)
-    # Each predictor row but the last is followed by its corrector rows.
-    n = len(grid)
-    rows = np.repeat(np.arange(n), [1 + corrections] * (n - 1) + [1])
-    first = np.append(True, np.diff(rows) > 0)  # the predictor's
-    at = np.where(first, rows, rows + 1)  # where the network is asked: after the step for Langevin
-    k = np.minimum(rows, n - 2) if n > 1 else rows
-
-    def merged(of_predictor: Float64, of_corrector: Float64) -> Float64:
-        return np.where(first, of_predictor[rows], of_corrector[k] if n > 1 else 0.0)
-
-    stream: Int64 = np.where(first, Stream.STEP, Stream.LANGEVIN)
-    options = {"corrections": corrections, "snr": float(snr)}
+    a, b, s = langevin(grid.signal[:-1], grid.noise[:-1], snr)
+    # At every point of the grid but the first Langevin rows, then the predictor's row.
+    at = np.repeat(np.arange(len(grid)), [1, *[corrections + 1] * (len(grid) - 1)])
+    leaves = np.append(np.diff(at) > 0, True)  # the predictor's rows
     return Plan(
-        name=call_name("pc", n, spacing, clip, options),
+        name=call_name(
+            "pc", len(grid), spacing, clip, {"corrections": corrections, "snr": float(snr)}
+        ),
         form="x0",
         clip=clip,
         t=grid.t[at],
         signal=grid.signal[at],
         noise=grid.noise[at],
-        a=merged(predictor.a, a),
-        b=merged(predictor.b[:, 0], b)[:, None],
-        s=merged(predictor.s, s),
-        stream=stream,
+        a=np.where(leaves, predictor.a[at], a[at]),
+        b=np.where(leaves, predictor.b[at, 0], b[at])[:, None],
+        s=np.where(leaves, predictor.s[at], s[at]),
+        stream=np.where(leaves, Stream.STEP, Stream.LANGEVIN),
     )
 
 

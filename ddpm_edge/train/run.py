@@ -27,8 +27,8 @@ from ddpm_edge.errors import ConfigError, RunError, TrainingError
 from ddpm_edge.files import write_bytes
 from ddpm_edge.images import save_grid, to_images
 from ddpm_edge.manifest import Manifest
-from ddpm_edge.sampling import Network, sample_states
 from ddpm_edge.plan import check_prediction
+from ddpm_edge.sampling import Network, sample_states
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train.checkpoint import (
     checkpoint_path,
