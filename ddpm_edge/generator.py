@@ -169,10 +169,12 @@ class Generator:
         """What `sample` with the same arguments would run.
 
         Args:
-            sampler: "ddpm" (Algorithm 2) or "ddim"; None = the bundle's default.
-            steps: 1..T; None = the default plan's, or the sampler's own default.
-            **options: of the sampler: `eta` (ddim), `variance` (ddpm), `clip` (limit of x0, None =
-                off; by default images are clipped to their range, 1.0).
+            sampler: a name in `samplers.SAMPLERS`, such as "ddpm" (Algorithm 2) or "dpmpp"; None =
+                the bundle's default.
+            steps: of the sampler, 1..T; None = the default plan's, or the sampler's own default.
+            **options: `spacing` (see `samplers.timesteps`), `clip` (see `plan.Clip.parse`; by
+                default images are clipped to their range, 1.0), and what the sampler takes besides:
+                `variance`, `eta`, `order`, `sde`, `corrections`, `snr`.
 
         Raises:
             ConfigError: an unknown sampler or option, or a value out of range.
