@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ddpm_edge import checks, noise
 from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.plan import Plan, check_prediction
-from ddpm_edge.samplers import make_plan
+from ddpm_edge.samplers import make_plan, override
 from ddpm_edge.schedule import Schedule
 
 FORMAT = 1
@@ -66,14 +66,10 @@ class Manifest:
         self, sampler: str | None = None, steps: int | None = None, **options: Any
     ) -> Plan:
         """The default plan, or what the arguments make of it (see `Generator.plan`)."""
-        arguments = dict(self.plan)
-        default = str(arguments.pop("sampler", None))
-        if sampler not in (None, default):  # another sampler has its own defaults, but for clip
-            arguments = {k: v for k, v in arguments.items() if k == "clip"}
-        if not isinstance(options.get("spacing", ""), str):  # a list says how many steps
-            arguments.pop("steps", None)
-        arguments |= options if steps is None else {**options, "steps": steps}
-        return make_plan(self.schedule, sampler or default, **arguments)
+        given = {"sampler": sampler, "steps": steps}
+        given = options | {name: value for name, value in given.items() if value is not None}
+        arguments = override(self.plan, given)
+        return make_plan(self.schedule, arguments.pop("sampler", None), **arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of bundle.json, without files and digest."""

@@ -10,6 +10,7 @@ A sampler (`ddpm_edge.samplers`) only fills the table; nothing here knows which 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class Clip(NamedTuple):
             value = float(clip[:-1]) if percent else checks.number("clip", clip)
         except (ValueError, ConfigError):
             value = np.nan
-        if not 0 < value < (100 + 1e-9 if percent else np.inf):
+        if not 0 < value <= (100 if percent else sys.float_info.max):
             raise ConfigError(
                 "clip must be a number above 0, a percentile such as '99.5%', or None; "
                 f"got {clip!r}"

@@ -13,6 +13,7 @@ from ddpm_edge.errors import BundleError, ConfigError, ExportError
 from ddpm_edge.export.gate import Report, check
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.onnx_check import check_model
+from ddpm_edge.samplers import default_plan, override
 from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule
 
@@ -52,7 +53,8 @@ def export(
         timestep_offset: it is fed t + offset, t in 1..T.
         class_names: one name a label, or none.
         name: of the model; None = the directory's name.
-        plan: arguments of the default plan, as `Generator.plan` takes them; None = 50-step DDIM.
+        plan: arguments of the default plan, as `Generator.plan` takes them; None =
+            `samplers.default_plan`.
         training: how the weights came to be.
         licence: SPDX name for the weights.
         gate: "quick", or "full" to compare all T steps of Algorithm 2.
@@ -80,7 +82,7 @@ def export(
         prediction=prediction,
         timestep_offset=timestep_offset,
         class_names=tuple(class_names),
-        plan=default_plan(schedule, plan or {}),
+        plan=override(default_plan(schedule), plan or {}),
         variants={"fp32": {"file": MODEL_FILE}},
         training=dict(training or {}),
         licence=licence,
@@ -158,11 +160,3 @@ def check_exported(data: bytes, manifest: Manifest) -> None:
         check_model(data, manifest)
     except BundleError as error:
         raise ExportError(f"no device would load the exported network: {error}") from error
-
-
-def default_plan(schedule: Schedule, given: Mapping[str, Any]) -> dict[str, Any]:
-    """50-step DDIM, clipped to the images' range, unless told otherwise."""
-    plan: dict[str, Any] = {"sampler": "ddim", "clip": 1.0} | dict(given)
-    if plan["sampler"] == "ddim":
-        plan.setdefault("steps", min(50, schedule.T))
-    return plan

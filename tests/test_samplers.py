@@ -12,7 +12,7 @@ from toy import draws, run, start, toy
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import run_plan
-from ddpm_edge.samplers import SAMPLERS, make_plan
+from ddpm_edge.samplers import DEFAULT_PLAN, SAMPLERS, default_plan, make_plan, override
 from ddpm_edge.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::ddpm_edge.samplers.SamplerWarning")
@@ -63,6 +63,46 @@ def test_the_float32_loop_differs_by_its_rounding(sampler: str, clip: float | st
     assert rounded.dtype == np.float32
     # roundings of 6e-8 a step, times up to 160 where x0 is divided by signal_T = 0.006
     assert np.abs(rounded - exact).max() < 3e-5 * np.abs(exact).max()
+
+
+# The default plan, and what becomes of it when something is given anew.
+
+
+@pytest.mark.filterwarnings("ignore::ddpm_edge.schedule.ScheduleWarning")
+def test_the_default_plan_runs_on_every_schedule() -> None:
+    for schedule in (
+        Schedule.linear(), Schedule.cosine(4), Schedule.constant(1), Schedule.rectified_flow(9),
+        Schedule.linear(1000, 1e-4, 0.2),
+    ):  # fmt: skip
+        plan = default_plan(schedule)
+        assert len(make_plan(schedule, plan.pop("sampler"), **plan)) == min(
+            DEFAULT_PLAN["steps"], schedule.T
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"sampler": "dpmpp", "order": 3, "steps": 9, "spacing": "karras", "clip": 1.0}),
+        ({"steps": 5},
+         {"sampler": "dpmpp", "order": 3, "steps": 5, "spacing": "karras", "clip": 1.0}),
+        ({"sampler": "dpmpp", "clip": None},
+         {"sampler": "dpmpp", "order": 3, "steps": 9, "spacing": "karras", "clip": None}),
+        ({"sampler": "ddpm"}, {"sampler": "ddpm", "clip": 1.0}),
+        ({"spacing": [9, 2]}, {"sampler": "dpmpp", "order": 3, "spacing": [9, 2], "clip": 1.0}),
+        ({"spacing": [9, 2], "steps": 2},
+         {"sampler": "dpmpp", "order": 3, "spacing": [9, 2], "steps": 2, "clip": 1.0}),
+    ],
+)  # fmt: skip
+def test_override(given: dict, expected: dict) -> None:
+    default = {"sampler": "dpmpp", "order": 3, "steps": 9, "spacing": "karras", "clip": 1.0}
+    assert override(default, given) == expected
+
+
+def test_override_of_a_list() -> None:
+    default = {"sampler": "ddim", "spacing": [1000, 10]}
+    assert override(default, {"steps": 5}) == {"sampler": "ddim", "steps": 5}
+    assert override(default, {"eta": 1.0}) == {"sampler": "ddim", "spacing": [1000, 10], "eta": 1.0}
 
 
 # A mixture of eight Gaussians on a circle, with the exact network.

@@ -71,8 +71,8 @@ def export(
 ) -> None:
     """Export the averaged weights of the training run RUN as a bundle, if they pass the gate.
 
-    The sampler options set the bundle's default plan: 50-step ddim unless told otherwise. A network
-    of your own maps (x, t) or (x, t, label) to x's shape; say its --shape and its schedule.
+    The sampler options set the bundle's default plan. A network of your own maps (x, t) or
+    (x, t, label) to x's shape; say its --shape and its schedule.
 
     Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle
     """

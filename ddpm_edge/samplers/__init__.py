@@ -8,14 +8,14 @@ line and the Generator know it from then on. Each takes `steps` and `spacing` (s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ddpm_edge import checks
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.dpm_solver import dpm, dpmpp
-from ddpm_edge.samplers.grid import SPACINGS, Grid, timesteps
+from ddpm_edge.samplers.grid import DEFAULT_SPACING, SPACINGS, Grid, timesteps
 from ddpm_edge.samplers.ipndm import ipndm
 from ddpm_edge.samplers.one_step import (
     VARIANCES,
@@ -30,14 +30,45 @@ from ddpm_edge.samplers.unipc import unipc
 from ddpm_edge.schedule import Schedule
 
 __all__ = [
-    "SAMPLERS", "SPACINGS", "VARIANCES", "Grid", "SamplerWarning", "consistency", "ddim", "ddpm",
-    "dpm", "dpmpp", "euler", "ipndm", "make_plan", "pc", "timesteps", "unipc",
+    "DEFAULT_PLAN", "SAMPLERS", "SPACINGS", "VARIANCES", "Grid", "SamplerWarning", "consistency",
+    "ddim", "ddpm", "default_plan", "dpm", "dpmpp", "euler", "ipndm", "make_plan", "override",
+    "pc", "timesteps", "unipc",
 ]  # fmt: skip
 
 SAMPLERS: dict[str, Callable[..., Plan]] = {
     function.__name__: function
     for function in (ddpm, ddim, dpmpp, dpm, unipc, ipndm, euler, consistency, pc)
 }
+
+
+# Chosen by measurement: tests/benchmarks/sampler_quality.py.
+DEFAULT_PLAN: Mapping[str, Any] = {
+    "sampler": "dpmpp", "order": 2, "spacing": "trailing", "steps": 15, "clip": 1.0,
+}  # fmt: skip
+
+
+def default_plan(schedule: Schedule) -> dict[str, Any]:
+    """The arguments of the plan that a bundle has unless told otherwise."""
+    plan = dict(DEFAULT_PLAN) | {"steps": min(DEFAULT_PLAN["steps"], schedule.T)}
+    if not schedule.signal[-1]:  # the other spacings need some signal at T
+        plan["spacing"] = DEFAULT_SPACING
+    return plan
+
+
+def override(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a plan when some are given anew.
+
+    Another sampler has its own defaults, but keeps the clip. Of `steps` and a list of timesteps the
+    one that is given counts.
+    """
+    kept = dict(default)
+    if given.get("sampler", kept.get("sampler")) != kept.get("sampler"):
+        kept = {name: value for name, value in kept.items() if name == "clip"}
+    if not isinstance(given.get("spacing", ""), str):
+        kept.pop("steps", None)
+    if "steps" in given and not isinstance(kept.get("spacing", ""), str):
+        del kept["spacing"]
+    return kept | dict(given)
 
 
 def make_plan(schedule: Schedule, sampler: str, /, **options: Any) -> Plan:

@@ -28,6 +28,7 @@ from ddpm_edge.files import write_bytes
 from ddpm_edge.images import save_grid, to_images
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import check_prediction
+from ddpm_edge.samplers import default_plan
 from ddpm_edge.sampling import Network, sample_states
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train.checkpoint import (
@@ -58,7 +59,6 @@ from ddpm_edge.train.workers import Workers, resolve_precision
 LOG_STEPS = 50
 CHECKPOINT_SECONDS = 120.0
 GRIDS = 10
-GRID_STEPS = 20
 VALIDATION_IMAGES = 1000
 JUDGE_BATCH = 16  # images at once, or fewer where training takes fewer
 RUN_FORMAT = 1
@@ -357,7 +357,7 @@ class Judge:
             prediction=config["prediction"],
             timestep_offset=TIMESTEP_OFFSET,
             class_names=data.class_names,
-            plan={"sampler": "ddim", "steps": min(GRID_STEPS, schedule.T), "clip": 1.0},
+            plan=default_plan(schedule),
             variants={},
         )
         engine = TorchEngine(model, data.sample_shape, bool(data.class_names))
