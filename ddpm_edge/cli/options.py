@@ -57,7 +57,11 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--order", type=int, help="dpmpp, dpm, unipc: 1 to 3 [default: 2]; ipndm: 1 to 4."
     )
-    @click.option("--sde", is_flag=True, default=None, help="dpmpp, dpm: draw noise at each step.")
+    @click.option(
+        "--sde/--ode",
+        default=None,
+        help="dpmpp, dpm: draw noise at each step, or never.  [default: ode]",
+    )
     @click.option("--eta", type=float, help="ddim: randomness, 0 to 1.  [default: 0]")
     @click.option(
         "--variance",
