@@ -89,7 +89,7 @@ def test_bundle_says_what_was_exported(exported: Path) -> None:
     manifest = Bundle.open(exported).manifest
     assert manifest.name == "tiny"
     assert manifest.class_names == ("a", "b")
-    assert manifest.make_plan().name == "dpmpp(steps=15, order=2, clip=1)"
+    assert manifest.make_plan().name == "dpmpp(steps=20, order=2, sde=True, spacing=logsnr, clip=1)"
     parity = manifest.variants["fp32"]["parity"]
     assert list(parity) == [
         "answers at batch 1", "answers at batch 5", "20-step DDIM", "Algorithm 2, last 50 steps",

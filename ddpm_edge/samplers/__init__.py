@@ -15,7 +15,7 @@ from ddpm_edge import checks
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.dpm_solver import dpm, dpmpp
-from ddpm_edge.samplers.grid import DEFAULT_SPACING, SPACINGS, Grid, timesteps
+from ddpm_edge.samplers.grid import SPACINGS, Grid, timesteps
 from ddpm_edge.samplers.ipndm import ipndm
 from ddpm_edge.samplers.one_step import (
     VARIANCES,
@@ -43,16 +43,13 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
 
 # Chosen by measurement: tests/benchmarks/sampler_quality.py.
 DEFAULT_PLAN: Mapping[str, Any] = {
-    "sampler": "dpmpp", "order": 2, "spacing": "trailing", "steps": 15, "clip": 1.0,
+    "sampler": "dpmpp", "order": 2, "sde": True, "spacing": "logsnr", "steps": 20, "clip": 1.0,
 }  # fmt: skip
 
 
 def default_plan(schedule: Schedule) -> dict[str, Any]:
     """The arguments of the plan that a bundle has unless told otherwise."""
-    plan = dict(DEFAULT_PLAN) | {"steps": min(DEFAULT_PLAN["steps"], schedule.T)}
-    if not schedule.signal[-1]:  # the other spacings need some signal at T
-        plan["spacing"] = DEFAULT_SPACING
-    return plan
+    return {**DEFAULT_PLAN, "steps": min(DEFAULT_PLAN["steps"], schedule.T)}
 
 
 def override(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

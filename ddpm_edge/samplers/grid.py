@@ -18,6 +18,7 @@ from ddpm_edge.schedule import Schedule
 DEFAULT_STEPS = 20
 DEFAULT_SPACING = "trailing"
 RHO = 7.0  # of Karras et al. 2022
+LEAST_LAMBDA = -5.1  # what DPM-Solver's authors clip at; the linear schedule ends at -5.06
 
 Spacing = str | Sequence[int]
 
@@ -173,18 +174,23 @@ def quadratic(schedule: Schedule, steps: int) -> Array:
 
 
 def logsnr(schedule: Schedule, steps: int) -> Array:
-    """Evenly in lambda = ln(signal / noise) from T to 1 (Lu et al. 2022, DPM-Solver)."""
-    log_sigma = _log_sigma(schedule, "logsnr")
+    """Evenly in lambda = ln(signal / noise) from T to 1 (Lu et al. 2022, DPM-Solver).
+
+    Where a schedule goes below lambda = -5.1 (0.6 % signal), it begins there: what is before is
+    noise, and would take up most of the steps.
+    """
+    log_sigma = _log_sigma(schedule)
     return _t_at(np.linspace(log_sigma[-1], log_sigma[0], steps), log_sigma)
 
 
 def karras(schedule: Schedule, steps: int) -> Array:
     """Evenly in sigma^(1/7), sigma = noise / signal, from T to 1 (Karras et al. 2022, Eq 5).
 
+    It begins where `logsnr` does.
     The network is asked at the nearest timestep, and sigma is that timestep's; diffusers keeps the
     sigma of the formula beside the rounded timestep.
     """
-    log_sigma = _log_sigma(schedule, "karras")
+    log_sigma = _log_sigma(schedule)
     first, last = np.exp(log_sigma[[-1, 0]] / RHO)
     return _t_at(RHO * np.log(np.linspace(first, last, steps)), log_sigma)
 
@@ -195,14 +201,11 @@ SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
 }
 
 
-def _log_sigma(schedule: Schedule, spacing: str) -> Float64:
-    """ln(noise / signal) at t = 1..T, ascending."""
-    if not schedule.signal[-1]:
-        raise ConfigError(
-            f"spacing {spacing!r} needs some signal at T, and {schedule} has none; use 'trailing'"
-        )
-    log_sigma: Float64 = np.log(schedule.noise[1:]) - np.log(schedule.signal[1:])
-    return log_sigma
+def _log_sigma(schedule: Schedule) -> Float64:
+    """ln(noise / signal) = -lambda at t = 1, 2, ... as far as it is worth asking, ascending."""
+    with np.errstate(divide="ignore"):  # rectified flow has no signal at T
+        log_sigma: Float64 = np.log(schedule.noise[1:]) - np.log(schedule.signal[1:])
+    return log_sigma[: max(1, np.searchsorted(log_sigma, -LEAST_LAMBDA, side="right"))]
 
 
 def _t_at(wanted: Float64, log_sigma: Float64) -> Float64:
