@@ -11,7 +11,7 @@ import click
 
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.cli.options import given_options, plan_options, schedule_options
-from ddpm_edge.cli.output import command_line, show_comparison
+from ddpm_edge.cli.output import command_line, next_sample, show_comparison
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.export import GATES
 from ddpm_edge.plan import PREDICTIONS
@@ -95,7 +95,7 @@ def export(
     size = sum(entry["size"] for entry in bundle.files.values())
     click.echo(
         f"{output}: {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s\n"
-        f"Next: {command_line('sample', output, '-n', 16, '-o', 'samples.png')}\n"
+        f"{next_sample(output, bundle.manifest)}\n"
         f"      {command_line('verify', output)}"
     )
 
