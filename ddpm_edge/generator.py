@@ -188,8 +188,9 @@ class Generator:
             OutOfMemoryError: too little memory for n samples at once.
         """
         network = self._open()
-        with enough_memory(checks.whole("n", n)):
-            network(np.zeros((n, *self.sample_shape), np.float32), 1, None)
+        labels = np.zeros(checks.whole("n", n), np.int64) if self.class_names else None
+        with enough_memory(n):
+            network(np.zeros((n, *self.sample_shape), np.float32), 1, labels)
 
     def verify(self) -> Iterator[Comparison]:
         """Recompute on this runtime what torch computed when the model was exported.
@@ -232,7 +233,8 @@ class Generator:
 
         Args:
             n: how many, >= 1.
-            label: a class, by number or name, for all or one for each; None = no label.
+            label: a class, by number or name, for all or one for each; None = no label (a model
+                may know none: `manifest.null_label` is None).
             guidance: scale of classifier-free guidance, eps_u + scale (eps_c - eps_u); needs a
                 label. None or 1.0 = plain conditioning.
             sampler: see `plan`.
@@ -326,6 +328,12 @@ class Generator:
                 raise ConfigError("guidance needs a label; give label=, or leave guidance out")
             if not np.isfinite(checks.number("guidance", guidance)):
                 raise ConfigError(f"guidance must be a finite number; got {guidance!r}")
+            if guidance != 1.0 and self.bundle.manifest.null_label is None:
+                raise ConfigError(
+                    f"guidance {guidance:g} needs what the model {self.bundle.manifest.name!r} "
+                    "answers without a label, and it knows no images without one; leave guidance "
+                    "out"
+                )
         return _Request(
             n=n,
             labels=labels,
@@ -338,12 +346,11 @@ class Generator:
 
     def _labels(self, label: Any, n: int) -> Labels:
         """int64 (n,) for the network, or None where it takes no label."""
-        names = self.class_names
-        if not names:
+        manifest = self.bundle.manifest
+        if not manifest.class_names:
             if label is not None:
                 raise ConfigError(
-                    f"the model {self.bundle.manifest.name!r} was trained without labels; leave "
-                    "label out"
+                    f"the model {manifest.name!r} was trained without labels; leave label out"
                 )
             return None
         many = isinstance(label, (list, tuple, range)) or (
@@ -352,7 +359,7 @@ class Generator:
         labels = list(label) if many else [label] * n
         if len(labels) != n:
             raise ConfigError(f"got {len(labels)} labels for n = {n} images; give one or n of them")
-        return np.array([_label_number(value, names) for value in labels], np.int64)
+        return np.array([manifest.label_number(value) for value in labels], np.int64)
 
     def _open(self) -> Network:
         if os.getpid() != self._pid:
@@ -400,19 +407,3 @@ class _Request:
             x=state.x.copy(),
             x0=state.x0(),
         )
-
-
-def _label_number(value: Label, names: tuple[str, ...]) -> int:
-    """A label as the network takes it; None is the null label."""
-    if value is None:
-        return len(names)
-    if isinstance(value, str) and value in names:
-        return names.index(value)
-    if (
-        isinstance(value, (int, np.integer))
-        and not isinstance(value, bool)
-        and 0 <= value < len(names)
-    ):
-        return int(value)
-    listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-    raise ConfigError(f"no label {value!r}; labels are {listing}")

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ddpm_edge import checks, noise
 from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.plan import Plan, check_prediction
-from ddpm_edge.samplers import make_plan, override
+from ddpm_edge.samplers import VARIANCES, make_plan, override
 from ddpm_edge.schedule import Schedule
 
 FORMAT = 1
@@ -30,11 +32,13 @@ class Manifest:
         schedule: the forward process it was trained with.
         prediction: what the network answers, one of PREDICTIONS.
         timestep_offset: the network is fed t + offset, t in 1..T, as int64.
-        class_names: one a label; empty = the model takes no label. The null label is their number.
+        class_names: one a label; empty = the model takes no label.
         plan: arguments of the default plan: "sampler", "steps" and the sampler's options.
         variants: precision -> {"file": name, ...figures of its parity gate}.
         training: how the weights came to be.
         licence: SPDX name for the weights.
+        variance: what sampler "ddpm" takes unless told otherwise, "beta" or "beta-tilde".
+        has_null_label: whether a model with labels also knows "no label": their number.
     """
 
     name: str
@@ -47,11 +51,43 @@ class Manifest:
     variants: Mapping[str, Mapping[str, Any]]
     training: Mapping[str, Any] = field(default_factory=dict)
     licence: str = ""
+    variance: str = "beta"
+    has_null_label: bool = True
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "none", where the model has labels."""
-        return len(self.class_names) or None
+        """The label that means "none", where the model has one."""
+        return (len(self.class_names) or None) if self.has_null_label else None
+
+    @property
+    def labels(self) -> int:
+        """How many labels the network takes, 0, 1, ... with the null label; 0 = it takes none."""
+        return len(self.class_names) + (self.null_label is not None)
+
+    def label_number(self, label: int | str | None) -> int:
+        """A label, by number or name, as the network takes it; None is the null label.
+
+        Raises:
+            ConfigError: the model has no such label.
+        """
+        names = self.class_names
+        if label is None and self.null_label is not None:
+            return self.null_label
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        if (
+            isinstance(label, (int, np.integer))
+            and not isinstance(label, bool)
+            and 0 <= label < len(names)
+        ):
+            return int(label)
+        listing = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+        if label is None:
+            raise ConfigError(
+                f"the model {self.name!r} knows no images without a label, and got none; give one "
+                f"of its labels, {listing}"
+            )
+        raise ConfigError(f"no label {label!r}; labels are {listing}")
 
     def properties(self) -> dict[str, str]:
         """What an ONNX file repeats in its `metadata_props`, so that it explains itself alone."""
@@ -69,6 +105,8 @@ class Manifest:
         given = {"sampler": sampler, "steps": steps}
         given = options | {name: value for name, value in given.items() if value is not None}
         arguments = override(self.plan, given)
+        if arguments.get("sampler") == "ddpm":
+            arguments.setdefault("variance", self.variance)
         return make_plan(self.schedule, arguments.pop("sampler", None), **arguments)
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +123,7 @@ class Manifest:
             "null_label": self.null_label,
             "noise_version": noise.VERSION,
             "plan": dict(self.plan),
+            "variance": self.variance,
             "variants": {name: dict(variant) for name, variant in self.variants.items()},
             "training": dict(self.training),
             "licence": self.licence,
@@ -121,6 +160,8 @@ class Manifest:
                 },
                 training=typed(document["training"], dict),
                 licence=typed(document["licence"], str),
+                variance=typed(document.get("variance", "beta"), str),  # older bundles: none
+                has_null_label=document["null_label"] is not None or not document["class_names"],
             )
             expected = {
                 "value_range": (document["value_range"], [-1.0, 1.0]),
@@ -142,6 +183,11 @@ class Manifest:
                 raise BundleError(f"{MANIFEST} says {name} = {got!r}; this version knows {want!r}")
         if len(shape) != 3 or min(shape) < 1:
             raise BundleError(f"{MANIFEST}: sample_shape {shape} is not valid; expected (C, H, W)")
+        if manifest.variance not in VARIANCES:
+            raise BundleError(
+                f"{MANIFEST} says variance {manifest.variance!r}; expected one of "
+                f"{', '.join(VARIANCES)}: export the model again"
+            )
         if not manifest.variants:
             raise BundleError(f"{MANIFEST} lists no variants; export the model again")
         return manifest

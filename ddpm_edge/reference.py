@@ -83,7 +83,7 @@ class Reference:
     def measure(cls, network: Network) -> Reference:
         """What this network answers."""
         manifest = network.manifest
-        T, classes = manifest.schedule.T, len(manifest.class_names)
+        T, labels = manifest.schedule.T, manifest.labels
         t = np.unique(np.linspace(1, T, TIMESTEPS).round().astype(np.int64))
         empty = cls(
             seed=SEED,
@@ -91,8 +91,8 @@ class Reference:
             answer=np.empty((len(t), *manifest.sample_shape), np.float32),
             images=np.empty((SAMPLES, *manifest.sample_shape), np.float32),
             steps=min(STEPS, T),
-            label=np.arange(len(t)) % (classes + 1) if classes else None,  # the null label too
-            images_label=np.arange(SAMPLES) % (classes + 1) if classes else None,
+            label=np.arange(len(t)) % labels if labels else None,  # the null label too
+            images_label=np.arange(SAMPLES) % labels if labels else None,
         )
         answer, images = empty.answers_of(network, 1), empty.images_of(network)
         return cls(**{**vars(empty), "answer": answer, "images": images})
@@ -159,13 +159,13 @@ class Reference:
                 f"reference.npz is not what an export writes: {error}; export the model again"
             ) from error
         reference = cls(**{**arrays, "seed": int(arrays["seed"]), "steps": int(arrays["steps"])})
-        T, classes = manifest.schedule.T, len(manifest.class_names)
+        T = manifest.schedule.T
         labels = [a for a in (reference.label, reference.images_label) if a is not None]
         in_range = reference.t.min() >= 1 and reference.t.max() <= T and 1 <= reference.steps <= T
         if (
             reference.seed < 0
             or not in_range
-            or any(a.min() < 0 or a.max() > classes for a in labels)
+            or any(a.min() < 0 or a.max() >= manifest.labels for a in labels)
         ):
             raise BundleError(
                 "reference.npz holds a seed, timesteps or labels that the model does not have"

@@ -71,9 +71,14 @@ class Network:
         return answer
 
     def no_label(self, count: int) -> Labels:
-        """The null label for `count` samples, int64 (count,); None where there are no labels."""
-        null = self.manifest.null_label
-        return None if null is None else np.full(count, null, np.int64)
+        """The null label for `count` samples, int64 (count,); None where there are no labels.
+
+        Raises:
+            ConfigError: there are labels, but none of them is the null label.
+        """
+        if not self.manifest.class_names:
+            return None
+        return np.full(count, self.manifest.label_number(None), np.int64)
 
     def _evaluate(self, x: Array, t: int, labels: Labels) -> Array:
         number = t + self.manifest.timestep_offset

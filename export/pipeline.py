@@ -33,6 +33,8 @@ def export(
     prediction: str = "eps",
     timestep_offset: int = -1,
     class_names: Sequence[str] = (),
+    has_null_label: bool = True,
+    variance: str = "beta",
     name: str | None = None,
     plan: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -45,13 +47,15 @@ def export(
     Args:
         model: `forward(x, t)` or, with class_names, `forward(x, t, label)`; x float32
             (B, *sample_shape), t and label int64 (B,), the result of x's shape (or an object with
-            it as `.sample`, as diffusers' models return). The null label is len(class_names).
+            it as `.sample`, as diffusers' models return).
         schedule: the forward process it was trained with.
         path: directory to write; an existing bundle there is replaced at once and whole.
         sample_shape: (C, H, W).
         prediction: what it answers, one of `ddpm_edge.plan.PREDICTIONS`.
         timestep_offset: it is fed t + offset, t in 1..T.
         class_names: one name a label, or none.
+        has_null_label: whether a network with labels takes len(class_names) as "no label" too.
+        variance: what sampler "ddpm" takes unless told otherwise, "beta" or "beta-tilde".
         name: of the model; None = the directory's name.
         plan: arguments of the default plan, as `Generator.plan` takes them; None =
             `samplers.default_plan`.
@@ -86,6 +90,8 @@ def export(
         variants={"fp32": {"file": MODEL_FILE}},
         training=dict(training or {}),
         licence=licence,
+        variance=variance,
+        has_null_label=has_null_label,
     )
     manifest = read_back(manifest)
     model = _copy_on_cpu(model)

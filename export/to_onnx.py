@@ -64,7 +64,7 @@ def onnx_model(
     from ddpm_edge.export.static_shapes import make_static
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _explained(), _quiet():
+    with _explained(), quiet("torch.onnx", "torch.fx", "torch._dynamo"):
         program = torch.onnx.export(
             model,
             tuple(torch.from_numpy(array).to(device) for array in example.values()),
@@ -104,14 +104,14 @@ def _strip(proto: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from talking about its own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch._dynamo")]
+def quiet(*names: str) -> Iterator[None]:
+    """Keep the libraries of these loggers from talking about their own internals."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        # It prints whole graphs when it fails.
+        # torch's exporter prints whole graphs when it fails.
         with (
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),

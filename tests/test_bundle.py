@@ -39,6 +39,26 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["b"]  # no temporary files stay
 
 
+@pytest.mark.parametrize(("has", "null"), [(True, 2), (False, None)])
+def test_null_label(tmp_path: Path, has: bool, null: int | None) -> None:
+    manifest = replace(MANIFEST_OF_TWO, has_null_label=has)
+    read = write_bundle(tmp_path / "b", manifest, {"unet.onnx": b"model"}).manifest
+    assert (read.null_label, read.labels) == (null, 2 + has)
+    assert json.loads((tmp_path / "b" / MANIFEST).read_text())["null_label"] == null
+    assert read == Manifest(**{**vars(manifest), "schedule": read.schedule})
+
+
+def test_variance_is_what_ddpm_takes_by_default(tmp_path: Path) -> None:
+    manifest = replace(MANIFEST_OF_TWO, variance="beta-tilde")
+    read = write_bundle(tmp_path / "b", manifest, {"unet.onnx": b"model"}).manifest
+    assert read.make_plan().name == "ddim(steps=5, eta=0)"  # has no such option
+    assert read.make_plan("ddpm", 5).name == "ddpm(steps=5, variance=beta-tilde)"
+    assert read.make_plan("ddpm", 5, variance="beta").name == "ddpm(steps=5, variance=beta)"
+    assert Bundle.open().manifest.variance == "beta"  # of a bundle without the field
+    stored = replace(manifest, plan={"sampler": "ddpm", "steps": 5, "variance": "beta"})
+    assert stored.make_plan().name == "ddpm(steps=5, variance=beta)"
+
+
 def test_built_in_bundle_is_whole_and_small() -> None:
     opened = Bundle.open()
     for name in opened.files:
@@ -119,6 +139,10 @@ def test_bad_manifest_text(copy: Path, text: str, message: str) -> None:
         ({"prediction": "score"}, "must be one of eps, x0, v, velocity; got 'score'"),
         ({"timestep": {"offset": -1, "dtype": "float32"}}, "timestep.dtype = 'float32'"),
         ({"null_label": 3}, "null_label = 3; this version knows 10"),
+        ({"null_label": 0}, "null_label = 0; this version knows 10"),
+        ({"class_names": []}, "null_label = 10; this version knows None"),
+        ({"variance": "small"}, "variance 'small'; expected one of beta, beta-tilde"),
+        ({"variance": 1}, "expected str, got 1"),
         ({"noise_version": 2}, "noise_version = 2"),
         ({"value_range": [0, 1]}, r"value_range = \[0, 1\]"),
         ({"variants": {}}, "lists no variants"),

@@ -403,13 +403,15 @@ def test_export_a_model_on_the_command_line(
         arrays = {"x": x, "t": np.zeros(1, np.int64), "label": np.array([2])}
         answer = generator._open().engine(arrays)["prediction"]
     assert np.abs(answer - 1.2).max() < 1e-6  # the bias of the file, times the label's factor
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"format": 1}')
     for arguments, message in {
         ("--model", "factory_of_a_net:none", *common): "has no attribute 'none'",
         ("--model", "factory_of_a_net", *common): "given as package.module:function",
         ("--model", "no_such_module_at_all:make", *common): "No module named",
         ("--model", "factory_of_a_net:wrong", *common): "must return a torch.nn.Module; got int",
         tuple(model): "--model needs --shape CxHxW, such as 3x32x32",
-        (*model, "--shape", "3x8"): "--model needs --shape CxHxW",
+        (*model, "--shape", "3x8"): "--shape must be CxHxW, such as 3x32x32; got '3x8'",
         (): "give either the directory of a training run, or --model",
         ("run", *model): "give either the directory of a training run, or --model",
         ("run", "--shape", "3x8x8"): "--shape go with --model",

@@ -460,6 +460,25 @@ def test_a_label_where_there_are_none() -> None:
         generator.sample(1, guidance=2.0)
 
 
+def test_a_model_with_labels_but_no_null_label() -> None:
+    bundle, engine = Bundle.open(), ToyEngine()
+    bundle = replace(bundle, manifest=replace(bundle.manifest, has_null_label=False))
+    generator = Generator(bundle, engine, "fp32")
+    generator.warmup(2)
+    assert generator.sample(2, label=[0, "bag"], seed=0, steps=3).shape == (2, 28, 28, 1)
+    assert generator.sample(1, label=3, guidance=1.0, seed=0, steps=3).shape == (1, 28, 28, 1)
+    assert max(call["label"].max() for call in engine.calls) < 10
+    for label in (None, [3, None]):
+        with pytest.raises(ConfigError, match="knows no images without a label, and got none; giv"):
+            generator.sample(2, label=label)
+    with pytest.raises(ConfigError, match="no label 10; labels are 0 t-shirt"):
+        generator.sample(1, label=10)
+    with pytest.raises(ConfigError, match="guidance 2 needs what the model 'fashion-mnist' answe"):
+        generator.sample(1, label=3, guidance=2.0)
+    with pytest.raises(ConfigError, match="knows no images without a label"):
+        generator._open()(np.zeros((1, 1, 28, 28), np.float32), 1, None)
+
+
 def test_a_model_that_does_not_fit_its_manifest() -> None:
     with pytest.raises(BundleError, match="takes x, t and gives prediction; expected x, t, label"):
         Generator(Bundle.open(), ToyEngine(labelled=False), "fp32")

@@ -10,8 +10,9 @@ import click
 
 from ddpm_edge.bench import Report
 from ddpm_edge.bench import bench as measure
+from ddpm_edge.bundle import Bundle
 from ddpm_edge.cli.options import plan_options, runtime_options
-from ddpm_edge.cli.output import Progress, command_line
+from ddpm_edge.cli.output import Progress, next_sample
 
 
 @click.command()
@@ -58,8 +59,7 @@ def bench(
         click.echo(json.dumps(report.to_dict()))
         return
     click.echo(text(report))
-    words = [*([bundle] if bundle else []), "-n", 16, "-o", "samples.png"]
-    click.echo(f"Next: {command_line('sample', *words)}")
+    click.echo(next_sample(bundle, Bundle.open(bundle).manifest))
 
 
 def text(report: Report) -> str:

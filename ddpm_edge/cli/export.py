@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ import click
 
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.cli.options import given_options, plan_options, schedule_options
-from ddpm_edge.cli.output import command_line, show_comparison
+from ddpm_edge.cli.output import command_line, next_sample, show_comparison
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.export import GATES
+from ddpm_edge.export.from_diffusers import SCHEDULER, Imported, is_diffusers, read_diffusers
 from ddpm_edge.plan import PREDICTIONS
 from ddpm_edge.schedule import Schedule
 
-MODEL_OPTIONS = {
+SCHEDULE_OPTIONS = {"rule", "timesteps", "beta_1", "beta_t", "beta"}
+MODEL_OPTIONS = SCHEDULE_OPTIONS | {
     "weights", "shape", "classes", "prediction", "timestep_offset",
-    "rule", "timesteps", "beta_1", "beta_t", "beta",
 }  # fmt: skip
+DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
 
 
 @click.command()
@@ -48,14 +50,14 @@ MODEL_OPTIONS = {
     type=click.Path(path_type=Path),
     help="--model: its .safetensors file.  [default: as the function returns it]",
 )
-@click.option("--shape", help="--model: CxHxW of one sample, such as 3x32x32.")
-@click.option("--classes", help="--model: names of its labels, separated by commas.")
+@click.option("--shape", help="--model, diffusers: CxHxW of one sample, such as 3x32x32.")
+@click.option("--classes", help="--model, diffusers: names of its labels, separated by commas.")
 @click.option(
     "--prediction",
     type=click.Choice(PREDICTIONS),
     default="eps",
     show_default=True,
-    help="--model: what it answers.",
+    help="--model, a bare UNet2DModel: what it answers.",
 )
 @click.option(
     "--timestep-offset",
@@ -71,15 +73,19 @@ def export(
 ) -> None:
     """Export the averaged weights of the training run RUN as a bundle, if they pass the gate.
 
-    The sampler options set the bundle's default plan. A network of your own maps (x, t) or
+    RUN may also be a folder that diffusers saved: a pipeline of a UNet2DModel and a scheduler, or a
+    bare UNet2DModel, whose schedule and prediction you say. The sampler options set the bundle's
+    default plan. A network of your own maps (x, t) or
     (x, t, label) to x's shape; say its --shape and its schedule.
 
     Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle
     """
     if (run is None) == (model is None):
         raise ConfigError("give either the directory of a training run, or --model")
+    given = given_options(ctx)
     if run is not None:
-        extra = [flag for name, flag in given_options(ctx).items() if name in MODEL_OPTIONS]
+        taken = DIFFUSERS_OPTIONS if is_diffusers(run) else set()
+        extra = [flag for name, flag in given.items() if name in MODEL_OPTIONS - taken]
         if extra:
             raise ConfigError(f"{', '.join(extra)} go with --model; {run} has its own")
     start = time.perf_counter()
@@ -91,24 +97,35 @@ def export(
         "report": show_comparison,
     }
     click.echo(f"Exporting {run or model} to ONNX ...")
-    bundle = _exporter(run, model, output, o)(**common)
+    bundle = _exporter(run, model, output, o, given)(**common)
     size = sum(entry["size"] for entry in bundle.files.values())
     click.echo(
         f"{output}: {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s\n"
-        f"Next: {command_line('sample', output, '-n', 16, '-o', 'samples.png')}\n"
+        f"{next_sample(output, bundle.manifest)}\n"
         f"      {command_line('verify', output)}"
     )
 
 
 def _exporter(
-    run: Path | None, model: str | None, output: Path, o: dict[str, Any]
+    run: Path | None, model: str | None, output: Path, o: dict[str, Any], given: Collection[str]
 ) -> Callable[..., Bundle]:
-    """What exports: a run, or the user's own network."""
+    """What exports: a run, a folder of diffusers, or the user's own network."""
     import functools
 
     from ddpm_edge.export import export as export_network
     from ddpm_edge.export import export_run
 
+    classes = [name.strip() for name in o["classes"].split(",")] if o["classes"] else []
+    if run is not None and is_diffusers(run):
+        imported = read_diffusers(
+            run,
+            schedule=o["forward"] if SCHEDULE_OPTIONS & set(given) else None,
+            prediction=o["prediction"] if "prediction" in given else None,
+            sample_shape=_shape(o["shape"]) if o["shape"] else None,
+            class_names=classes,
+        )
+        click.echo(_description(imported))
+        return functools.partial(imported.export, output)
     if run is not None:
         return functools.partial(export_run, run, output)
     from ddpm_edge.train.network import from_factory, load_weights
@@ -128,15 +145,26 @@ def _exporter(
         sample_shape=shape,
         prediction=o["prediction"],
         timestep_offset=o["timestep_offset"],
-        class_names=[name.strip() for name in o["classes"].split(",")] if o["classes"] else [],
+        class_names=classes,
         training={"model": model, "weights": str(o["weights"]) if o["weights"] else None},
     )
 
 
+def _description(imported: Imported) -> str:
+    """What was read from a folder of diffusers, or assumed where it does not say."""
+    process = f"{imported.schedule}, prediction {imported.prediction}"
+    if imported.scheduler is None:
+        return f"No {SCHEDULER}: taken {process}; --schedule, -T and --prediction say otherwise"
+    clip = "off" if imported.clip is None else imported.clip
+    return f"{imported.scheduler}: {process}, variance {imported.variance}, clip {clip}"
+
+
 def _shape(text: str | None) -> tuple[int, int, int]:
     """The sizes in CxHxW, such as 3x32x32."""
-    parts = (text or "").split("x")
+    if text is None:
+        raise ConfigError("--model needs --shape CxHxW, such as 3x32x32")
+    parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--model needs --shape CxHxW, such as 3x32x32; got {text!r}")
+        raise ConfigError(f"--shape must be CxHxW, such as 3x32x32; got {text!r}")
     channels, height, width = (int(part) for part in parts)
     return channels, height, width

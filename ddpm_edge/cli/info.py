@@ -43,11 +43,13 @@ def info(
         return
     channels, height, width = manifest.sample_shape
     size = sum(entry["size"] for entry in opened.files.values())
+    null = "none: every image needs a label" if manifest.null_label is None else manifest.null_label
     rows = {
         "bundle": opened.path,
         "name": manifest.name,
         "images": f"{height} x {width}, {channels} channel{'s' if channels > 1 else ''}",
         "labels": ", ".join(manifest.class_names) or "none",
+        **({"null label": null} if manifest.class_names else {}),
         "schedule": manifest.schedule,
         "prediction": manifest.prediction,
         "variants": ", ".join(manifest.variants),

@@ -65,7 +65,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--eta", type=float, help="ddim: randomness, 0 to 1.  [default: 0]")
     @click.option(
         "--variance",
-        help=f"ddpm: variance of each step, {' or '.join(VARIANCES)}.",
+        help=f"ddpm: variance of each step, {' or '.join(VARIANCES)}.  [default: the bundle's]",
     )
     @click.option("--corrections", type=int, help="pc: Langevin steps a timestep.  [default: 1]")
     @click.option("--snr", type=float, help="pc: their signal-to-noise ratio.  [default: 0.16]")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
 
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.reference import Comparison
 
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -17,6 +19,14 @@ PLAIN_PROGRESS_SECONDS = 10.0
 def command_line(*words: object) -> str:
     """A command line to copy, quoted where the shell needs it."""
     return shlex.join(["ddpm-edge", *(str(word) for word in words)])
+
+
+def next_sample(bundle: Path | None, manifest: Manifest) -> str:
+    """The `sample` command that this bundle (None = the built-in one) can be tried with."""
+    words: list[object] = [bundle] if bundle else []
+    if manifest.class_names and manifest.null_label is None:
+        words += ["--label", manifest.class_names[0]]
+    return f"Next: {command_line('sample', *words, '-n', 16, '-o', 'samples.png')}"
 
 
 def show_comparison(comparison: Comparison) -> None:

@@ -12,7 +12,7 @@ import click
 
 from ddpm_edge import Bundle, Generator
 from ddpm_edge.cli.options import runtime_options
-from ddpm_edge.cli.output import command_line, show_comparison
+from ddpm_edge.cli.output import next_sample, show_comparison
 
 
 @click.command()
@@ -59,8 +59,7 @@ def verify(bundle: Path | None, as_json: bool, where: dict[str, Any]) -> None:
             "--device or --variant, or export the model again"
         )
     if not as_json:
-        words = [bundle] if bundle else []
         click.echo(
             f"{opened.path}: verified in {time.perf_counter() - start:.1f} s\n"
-            f"Next: {command_line('sample', *words, '-n', 16, '-o', 'samples.png')}"
+            f"{next_sample(bundle, opened.manifest)}"
         )
