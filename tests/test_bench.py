@@ -27,7 +27,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> ToyEngine:
 
 
 def test_figures_fit_together(engine: ToyEngine) -> None:
-    report = bench(batches=[1, 3], runs=4, steps=5, eta=0.5)
+    report = bench(batches=[1, 3], runs=4, sampler="ddim", steps=5, eta=0.5)
     assert (report.name, report.variant, report.runtime) == ("fashion-mnist", "fp32", "toy on cpu")
     assert report.plan == "ddim(steps=5, eta=0.5, clip=1)"
     assert (report.runs, [b.batch for b in report.batches]) == (4, [1, 3])
@@ -97,7 +97,7 @@ def test_where_the_system_does_not_say_there_is_no_memory(monkeypatch: pytest.Mo
         ({"batches": []}, ConfigError, "batches is empty; give at least one"),
         ({"runs": 0}, ConfigError, "runs must be a whole number >= 1; got 0"),
         ({"steps": 0}, ConfigError, "steps must be a whole number >= 1; got 0"),
-        ({"etta": 0}, ConfigError, "got 'etta'; did you mean 'eta'"),
+        ({"oder": 0}, ConfigError, "got 'oder'; did you mean 'order'"),
         ({"path": "nothing"}, BundleError, "no bundle at nothing"),
         ({"variant": "int4"}, BundleError, "has no variant 'int4'"),
     ],
@@ -119,7 +119,7 @@ def test_command_prints_a_table(copy: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0] == f"bundle       fashion-mnist ({copy})"
-    assert "plan         ddim(steps=3, eta=0, clip=1)" in lines
+    assert "plan         dpmpp(steps=3, order=2, sde=True, spacing=logsnr, clip=1)" in lines
     assert any(line.startswith("runs on      toy on cpu, ") for line in lines)
     assert any(line.startswith("peak memory ") for line in lines)
     table = [line.split() for line in lines[-3:-1]]

@@ -36,7 +36,7 @@ def test_sample_writes_a_grid(tmp_path: Path) -> None:
         assert image.size == (3 * 58 + 2, 2 * 58 + 2)  # 3 columns, 28 pixels twice as large, gaps
     lines = result.output.splitlines()
     assert lines[0] == f"{tmp_path}/out.png: 5 images, seed 5"
-    assert lines[1].startswith("ddim(steps=2, eta=0, clip=1), fp32, onnxruntime on cpu: ")
+    assert lines[1].startswith("dpmpp(steps=2, order=2, sde=True, spacing=logsnr, clip=1), ")
     assert lines[2] == "Next: ddpm-edge info"
 
 
@@ -73,7 +73,7 @@ def test_info() -> None:
     for text in ("28 x 28, 1 channel", "ankle-boot", "linear(T=1000", "ddpm-edge train --data"):
         assert text in result.output
     assert json.loads(run("info", "--json").output)["null_label"] == 10
-    table = run("info", "--plan", "--steps", 4).output.splitlines()
+    table = run("info", "--plan", "--sampler", "ddim", "--steps", 4).output.splitlines()
     assert table[0].startswith("ddim(steps=4, eta=0, clip=1)")
     assert [line.split()[1] for line in table[2:]] == ["1000", "750", "500", "250"]
 

@@ -52,7 +52,7 @@ def test_batch_equals_single_calls(generator: Generator, plan: dict[str, Any]) -
 
 
 def test_thread_counts_agree(generator: Generator) -> None:
-    arguments: dict[str, Any] = {"seed": 3, "dtype": "float32", "steps": 10, "eta": 1.0}
+    arguments: dict[str, Any] = {"seed": 3, "dtype": "float32", "steps": 10}
     with Generator.load(threads=1) as one, Generator.load(threads=2) as two:
         a, b = one.sample(4, **arguments), two.sample(4, **arguments)
     assert difference(a, b) <= SAME
@@ -89,7 +89,7 @@ def test_labels_by_number_name_and_one_each(toy: Generator) -> None:
 
 def test_no_label_is_the_null_label_and_t_counts_from_0() -> None:
     engine = ToyEngine()
-    Generator(Bundle.open(), engine, "fp32").sample(2, seed=1, steps=4)
+    Generator(Bundle.open(), engine, "fp32").sample(2, seed=1, sampler="ddim", steps=4)
     assert [call["label"].tolist() for call in engine.calls] == [[10, 10]] * 4
     assert [call["t"][0] for call in engine.calls] == [999, 749, 499, 249]
 
@@ -242,7 +242,7 @@ def test_an_answer_that_is_not_finite_is_an_error() -> None:
 
     generator = Generator(Bundle.open(), Broken(), "fp32")
     with pytest.raises(
-        NonFiniteError, match=r"step 2 of 4, t = 750: 784 of 1568 values, in samples 1 of the batch"
+        NonFiniteError, match=r"step 2 of 4, t = 604: 784 of 1568 values, in samples 1 of the batch"
     ):
         generator.sample(2, seed=0, steps=4)
     assert generator.sample(2, seed=0, steps=4).shape == (2, 28, 28, 1)
@@ -252,14 +252,18 @@ def test_an_answer_that_is_not_finite_is_an_error() -> None:
 
 
 def test_default_plan_and_what_changes_it(toy: Generator) -> None:
-    assert toy.plan().name == "ddim(steps=50, eta=0, clip=1)"
+    rest = "order=2, sde=True, spacing=logsnr, clip=1)"
+    assert toy.plan().name == f"dpmpp(steps=20, {rest}"
     assert toy.plan().clip == 1.0
     assert len(toy.plan(steps=10)) == 10
-    assert toy.plan(eta=0.5).name == "ddim(steps=50, eta=0.5, clip=1)"
+    assert (
+        toy.plan(spacing=[900, 5]).name == "dpmpp(steps=2, order=2, sde=True, spacing=list, clip=1)"
+    )
+    assert toy.plan("ddim", eta=0.5).name == "ddim(steps=20, eta=0.5, clip=1)"
     assert toy.plan(clip=None).clip is None
     assert toy.plan("ddpm").name == "ddpm(steps=1000, variance=beta, clip=1)"
     assert toy.plan("ddpm").clip == 1.0
-    assert toy.run(1, steps=3, seed=0).plan.name == "ddim(steps=3, eta=0, clip=1)"
+    assert toy.run(1, steps=3, seed=0).plan.name == f"dpmpp(steps=3, {rest}"
 
 
 # Life cycle, threads, processes
@@ -416,7 +420,7 @@ def _end_of(child: int, seconds: float) -> int:
         ({"steps": 2.5}, "steps must be a whole number >= 1; got 2.5"),
         ({"sampler": "eular"}, "got 'eular'; did you mean 'euler'"),
         ({"sampler": "ddpm", "eta": 1.0}, "option of sampler 'ddpm' must be one of steps, .*'eta'"),
-        ({"eta": 1.5}, r"eta must be in 0..1; got 1.5"),
+        ({"sampler": "ddim", "eta": 1.5}, r"eta must be in 0..1; got 1.5"),
         ({"clip": -1.0}, "clip must be a number above 0, a percentile such as .* got -1.0"),
         ({"seed": True}, r"seed must be a whole number in 0..2\*\*64 - 1 or None; got True \(bool"),
         ({"seed": 1.0}, r"got 1.0 \(float\)"),
@@ -434,7 +438,7 @@ def _end_of(child: int, seconds: float) -> int:
         ({"label": np.array(3)}, r"no label array\(3\)"),
         ({"label": np.zeros((1, 1), int)}, "no label array"),
         ({"label": {}}, "no label {}"),
-        ({"eta": 10**400}, "eta must be a number that float64 can hold"),
+        ({"sampler": "ddim", "eta": 10**400}, "eta must be a number that float64 can hold"),
         ({"label": 1, "guidance": 10**400}, "guidance must be a number that float64 can hold"),
         ({"dtype": "float16"}, "dtype must be 'uint8' or 'float32'; got 'float16'"),
     ],

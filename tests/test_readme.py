@@ -47,5 +47,5 @@ def test_the_readme_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
-    exec(block.replace("steps=1000", "steps=10"), {})
+    exec(block.replace("steps=1000", "steps=200"), {})
     assert (tmp_path / "sneakers.png").is_file()

@@ -36,7 +36,7 @@ def test_generate(tmp_path: Path) -> None:
 def test_live_preview(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     lines = run("live_preview.py", 10, cwd=tmp_path).splitlines()
-    assert lines[0] == "step 10 of 10, t = 100"
+    assert lines[0] == "step 10 of 10, t = 1"
     assert len(lines) == 15
     assert "@" in "".join(lines[1:])
 

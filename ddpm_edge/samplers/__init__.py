@@ -76,8 +76,16 @@ def make_plan(schedule: Schedule, sampler: str, /, **options: Any) -> Plan:
     """
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ConfigError(checks.unknown("sampler", sampler, SAMPLERS))
-    known = list(inspect.signature(SAMPLERS[sampler]).parameters)[1:]
+    known = _options(sampler)
     for name in options:
         if name not in known:
-            raise ConfigError(checks.unknown(f"an option of sampler {sampler!r}", name, known))
+            others = [other for other in SAMPLERS if name in _options(other)]
+            hint = f"; that is an option of {', '.join(others)}" if others else ""
+            unknown = checks.unknown(f"an option of sampler {sampler!r}", name, known)
+            raise ConfigError(unknown + hint)
     return SAMPLERS[sampler](schedule, **options)
+
+
+def _options(sampler: str) -> list[str]:
+    """The names of a sampler's options."""
+    return list(inspect.signature(SAMPLERS[sampler]).parameters)[1:]
