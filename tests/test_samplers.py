@@ -163,7 +163,7 @@ def test_every_mode_gets_its_share(sampler: str, schedule: Schedule) -> None:
         ("", {}, "got ''"),
         (None, {}, "got None"),
         (["ddim"], {}, "got .'ddim'."),
-        ("ddpm", {"eta": 0.5}, "an option of sampler 'ddpm' .*; got 'eta'; that is an option of ddim"),
+        ("ddpm", {"eta": 0.5}, "of sampler 'ddpm' .*; got 'eta'; that is an option of ddim"),
         ("ddim", {"stpes": 1}, "got 'stpes'; did you mean 'steps'"),
         ("ddim", {"schedule": 1}, "got 'schedule'"),
         ("ddim", {"steps": 0}, "steps must be a whole number >= 1; got 0"),
