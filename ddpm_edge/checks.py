@@ -22,32 +22,48 @@ def whole(
 ) -> int:
     """`value` as int, if it is a whole number in least..most."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise error(f"{name} must be a whole number >= {least}; got {value!r}")
+        raise error(f"{name} must be a whole number >= {least}; got {shown(value)}")
     if value > most:
-        raise error(f"{name} must be a whole number <= {most}; got {value!r}")
+        raise error(f"{name} must be a whole number <= {most}; got {shown(value)}")
     return int(value)
 
 
 def number(name: str, value: Any, error: type[ConfigError] = ConfigError) -> float:
     """`value` as float, if it is a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise error(f"{name} must be a number; got {value!r}")
+        raise error(f"{name} must be a number; got {shown(value)}")
     try:
         return float(value)
     except OverflowError as overflow:
-        raise error(f"{name} must be a number that float64 can hold; got {value!r}") from overflow
+        raise error(
+            f"{name} must be a number that float64 can hold; got {shown(value)}"
+        ) from overflow
+
+
+def choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """`value`, if it is one of the known names."""
+    names = list(known)
+    if not isinstance(value, str) or value not in names:
+        raise ConfigError(unknown(name, value, names))
+    return value
 
 
 def unknown(what: str, got: Any, known: Iterable[str]) -> str:
     """What to say of a name that is not one of the known ones: the nearest, and all of them."""
     names = list(known)
-    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(got)[:80], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{what} must be one of {', '.join(names)}; got {got!r}{hint}"
+    return f"{what} must be one of {', '.join(names)}; got {shown(got)}{hint}"
+
+
+def shown(value: Any) -> str:
+    """What a caller gave, for a message: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def flag(name: str, value: Any) -> bool:
     """`value`, if it is True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ConfigError(f"{name} must be True or False; got {value!r}")
+        raise ConfigError(f"{name} must be True or False; got {shown(value)}")
     return bool(value)

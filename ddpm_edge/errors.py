@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn, with the place outside this package that led to it."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] == "ddpm_edge":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
 
 class DdpmEdgeError(Exception):
     """Base of all errors of this package. Its message says what was got, expected, and to do."""

@@ -10,7 +10,7 @@ A sampler (`ddpm_edge.samplers`) only fills the table; nothing here knows which 
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from ddpm_edge.noise import Stream
 from ddpm_edge.schedule import Schedule
 
 FORMS = ("x0", "eps")
+PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
+CLIP_RANGE = (1e-30, 1e30)  # of a limit: far inside what float32 holds
 PREDICTIONS = ("eps", "x0", "v", "velocity")
 
 
@@ -48,15 +50,16 @@ class Clip(NamedTuple):
         """
         if clip is None:
             return None
-        percent = isinstance(clip, str) and clip.endswith("%")
+        percent = isinstance(clip, str) and PERCENT.fullmatch(clip)
         try:
-            value = float(clip[:-1]) if percent else checks.number("clip", clip)
-        except (ValueError, ConfigError):
+            value = float(percent[1]) if percent else checks.number("clip", clip)
+        except ConfigError:
             value = np.nan
-        if not 0 < value <= (100 if percent else sys.float_info.max):
+        least, most = (0.0, 100.0) if percent else CLIP_RANGE
+        if not least < value <= most:
             raise ConfigError(
-                "clip must be a number above 0, a percentile such as '99.5%', or None; "
-                f"got {clip!r}"
+                "clip must be a number above 0, a percentile such as '99.5%', or None (at the "
+                f"command line: off); got {checks.shown(clip)}"
             )
         return cls(1.0, value) if percent else cls(value)
 
@@ -118,8 +121,7 @@ class Plan:
         for name, value in usual.items():
             if not len(getattr(self, name)):
                 object.__setattr__(self, name, value)
-        if self.form not in FORMS:
-            raise ConfigError(checks.unknown("a plan's form", self.form, FORMS))
+        checks.choice("a plan's form", self.form, FORMS)
         Clip.parse(self.clip)
         if n < 1 or any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
             raise ConfigError(f"plan {self.name}: all columns must have the same length >= 1")
@@ -232,8 +234,7 @@ def prediction_to_form(
     Raises:
         ConfigError: an unknown prediction, or eps where nothing of x0 is left in x.
     """
-    if prediction not in PREDICTIONS:
-        raise ConfigError(checks.unknown("prediction", prediction, PREDICTIONS))
+    checks.choice("prediction", prediction, PREDICTIONS)
     if prediction == "eps" and form == "x0" and not signal.all():
         raise ConfigError(
             "eps does not tell x0 where the signal is 0, as at the end of rectified flow; the "

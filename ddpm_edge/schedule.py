@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Float64, Int64
-from ddpm_edge.errors import ScheduleError
+from ddpm_edge.errors import ScheduleError, warn
 
 # x0 = (x - noise eps) / signal is computed in float32, which holds up to 3.4e38: this leaves room
 # for values of a hundred.
@@ -94,18 +93,16 @@ class Schedule:
 
     def _warn(self) -> None:
         if self.signal[-1] > 0.01:
-            warnings.warn(
+            warn(
                 f"sqrt(alpha_bar_T) = {self.signal[-1]:.3g} > 0.01: x_T still holds part of the "
                 "image, sampling from pure noise starts from the wrong place; raise T or beta_T",
                 ScheduleWarning,
-                stacklevel=4,
             )
         elif self.alpha_bar[-1] < 1e-12:
-            warnings.warn(
+            warn(
                 f"alpha_bar_T = {self.alpha_bar[-1]:.3g} < 1e-12: most of the {self.T} steps are "
                 "pure noise and teach the network nothing; lower T or beta_T",
                 ScheduleWarning,
-                stacklevel=4,
             )
 
     # Rules
@@ -279,7 +276,7 @@ def transition(
 ) -> tuple[Float64, Float64]:
     """Factor and variance of q(x_t | x_s), s < t: x_t = factor x_s + sqrt(variance) z.
 
-    From (signal, noise) at both ends (Kingma et al. 2021, "Variational diffusion models", Eq 3);
+    From (signal, noise) at both ends (Kingma et al. 2021, "Variational diffusion models", A.1);
     from t - 1 to t they are sqrt(1 - beta_t) and beta_t.
     """
     factor: Float64 = signal_t / signal_s

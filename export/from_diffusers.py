@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ddpm_edge import checks
 from ddpm_edge.arrays import Float64
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ConfigError, ExportError, RuntimeUnavailableError, ScheduleError
 from ddpm_edge.export.pipeline import export
 from ddpm_edge.export.to_onnx import quiet
+from ddpm_edge.plan import Clip
 from ddpm_edge.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class Imported:
         timestep_offset: the network is fed t + offset, t in 1..T.
         class_names: one a label; empty = no labels.
         has_null_label: whether the last embedding stands for "no label".
-        clip: of x0 in the default plan, as `Clip.parse` takes it.
+        clip: limit of x0 in the default plan; None = off.
         variance: of sampler "ddpm", "beta" or "beta-tilde".
         name: of the folder.
         scheduler: its class; None = the folder has none, and the schedule was given or assumed.
@@ -78,7 +80,7 @@ class Imported:
     timestep_offset: int
     class_names: tuple[str, ...]
     has_null_label: bool
-    clip: float | str | None
+    clip: float | None
     variance: str
     name: str
     scheduler: str | None
@@ -173,7 +175,7 @@ def read_diffusers(
     else:
         process = Process(schedule or Schedule.linear(), prediction or "eps")
         scheduler_name = None
-    _check_time_embedding(unet, config, process.schedule)
+    _check_time_embedding(unet, config, process)
     saved_by = index.get("_diffusers_version", config.get("_diffusers_version", "?"))
     return Imported(
         network=network,
@@ -388,17 +390,17 @@ def _labels(
     return names, len(names) < count
 
 
-def _check_time_embedding(folder: Path, config: Mapping[str, Any], schedule: Schedule) -> None:
+def _check_time_embedding(folder: Path, config: Mapping[str, Any], process: Process) -> None:
     kind, rows = config["time_embedding_type"], config["num_train_timesteps"]
     if kind == "fourier":
         raise ExportError(
             f"{folder / CONFIG} has time_embedding_type 'fourier', which divides by a noise level "
             "instead of taking a timestep; expected 'positional' or 'learned'"
         )
-    if kind == "learned" and rows != schedule.T:
+    if kind == "learned" and rows != process.schedule.T + process.timestep_offset + 1:
         raise ExportError(
-            f"{folder / CONFIG} has embeddings of {rows} timesteps (num_train_timesteps), but the "
-            f"schedule has T = {schedule.T}; expected as many"
+            f"{folder / CONFIG} has embeddings of {rows} timesteps (num_train_timesteps), but is "
+            f"fed 0..{process.schedule.T + process.timestep_offset}; expected as many"
         )
 
 
@@ -430,7 +432,7 @@ class Process(NamedTuple):
 
     schedule: Schedule
     prediction: str
-    clip: float | str | None = 1.0
+    clip: float | None = 1.0
     variance: str = "beta"
     timestep_offset: int = -1  # diffusers counts from 0
 
@@ -453,9 +455,9 @@ def _process(path: Path, scheduler: Any) -> Process:
         if value is not None and value != needed:
             raise _refusal(path, key, value, f"{needed!r} ({why})")
     prediction, variance = config.get("prediction_type", "epsilon"), config.get("variance_type")
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise _refusal(path, "prediction_type", prediction, ", ".join(PREDICTIONS))
-    if variance not in VARIANCES:
+    if not isinstance(variance, (str, type(None))) or variance not in VARIANCES:
         usual = ", ".join(str(name) for name in VARIANCES if name)
         raise _refusal(path, "variance_type", variance, usual)
     schedule = _schedule(path, config)
@@ -471,17 +473,24 @@ def _refusal(path: Path, key: str, value: Any, expected: str) -> ExportError:
     )
 
 
-def _clip(path: Path, config: Mapping[str, Any]) -> float | str | None:
-    """How x0 is clipped in the default plan, as `Clip.parse` takes it."""
-    if config.get("thresholding") and config.get("sample_max_value", 1.0) > 1.0:
-        return f"{100 * config['dynamic_thresholding_ratio']:g}%"
-    if config.get("thresholding"):  # cut at the percentile, but never above 1: a limit of 1
+def _clip(path: Path, config: Mapping[str, Any]) -> float | None:
+    """The limit of x0 in the default plan; None = off."""
+    if config.get("thresholding"):
+        # Cut at a percentile, but never above sample_max_value: with 1, its default, cut at 1.
+        if config["sample_max_value"] != 1.0:
+            expected = "1 (export with --clip 99.5% for a percentile)"
+            raise _refusal(path, "sample_max_value", config["sample_max_value"], expected)
         return 1.0
-    if not config.get("clip_sample", True):
-        return None
+    clips = config.get("clip_sample", True)
+    if not isinstance(clips, bool):
+        raise _refusal(path, "clip_sample", clips, "true or false")
     limit = config.get("clip_sample_range", 1.0)
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0:
-        raise _refusal(path, "clip_sample_range", limit, "a number above 0")
+    if not clips:
+        return None
+    try:
+        Clip.parse(checks.number("clip_sample_range", limit))
+    except ConfigError as error:
+        raise _refusal(path, "clip_sample_range", limit, "a number above 0") from error
     return float(limit)
 
 

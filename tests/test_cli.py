@@ -91,6 +91,7 @@ def test_info() -> None:
         (["sample", "--sampler", "dpmpp_2m", "-o", "a.png"], 2, "did you mean 'dpmpp'"),
         (["sample", "--spacing", "100,200", "-o", "a.png"], 2, "must descend; got 200 after 100"),
         (["sample", "--spacing", "100,x", "-o", "a.png"], 2, "--spacing must be one of trailing"),
+        (["info", "--plan", "--clip", "of"], 2, "(at the command line: off); got 'of'"),
         (["info", "--plan", "--spacing", "kara"], 2, "did you mean 'karras'"),
         (
             ["info", "--plan", "--order", "9", "--sampler", "unipc"],

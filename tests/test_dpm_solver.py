@@ -152,5 +152,7 @@ def test_bad_options(sampler: str, options: dict[str, Any], message: str) -> Non
 
 
 def test_dpm_needs_signal() -> None:
-    with pytest.raises(ConfigError, match="dpm needs some signal .* use euler, dpmpp or unipc"):
-        samplers.dpm(Schedule.rectified_flow(100), 5)
+    for schedule in (Schedule.rectified_flow(100), Schedule.cosine()):
+        with pytest.raises(ConfigError, match=r"dpm needs a signal of 0.001 .* use .* 'logsnr'"):
+            samplers.dpm(schedule, 5)
+        assert len(samplers.dpm(schedule, 5, spacing="logsnr")) == 5

@@ -336,7 +336,6 @@ def test_trained_betas(tmp_path: Path) -> None:
         ({"prediction_type": "v_prediction"}, "v", 1.0, "beta-tilde"),
         ({"clip_sample": False}, "eps", None, "beta-tilde"),
         ({"clip_sample_range": 2.5}, "eps", 2.5, "beta-tilde"),
-        ({"thresholding": True, "sample_max_value": 9.0}, "eps", "99.5%", "beta-tilde"),
         ({"thresholding": True, "clip_sample": False}, "eps", 1.0, "beta-tilde"),
         ({"variance_type": "fixed_small_log"}, "eps", 1.0, "beta-tilde"),
         ({"variance_type": "fixed_large"}, "eps", 1.0, "beta"),
@@ -383,6 +382,12 @@ def test_flow_matching(tmp_path: Path) -> None:
         ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True.*alpha_b"),
         ("DDPMScheduler", {"predict_epsilon": False}, "predict_epsilon False.*'sample' instead"),
         ("DDPMScheduler", {"prediction_type": "score"}, "'score'.*epsilon, sample, v_prediction"),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 1.5}, "sample_max_value 1.5"),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": None}, "max_value None"),
+        ("DDPMScheduler", {"variance_type": ["x"]}, r"variance_type \['x'\], which is not"),
+        ("DDPMScheduler", {"prediction_type": ["x"]}, r"prediction_type \['x'\], which is not"),
+        ("DDPMScheduler", {"clip_sample": "false"}, "clip_sample .false., .*true or false"),
+        ("DDPMScheduler", {"clip_sample_range": float("nan")}, "clip_sample_range nan"),
         ("DDPMScheduler", {"clip_sample_range": 0}, "clip_sample_range 0.*a number above 0"),
         ("DDPMScheduler", {"clip_sample_range": "1"}, "clip_sample_range '1'"),
         ("DDPMScheduler", {"beta_schedule": "mine"}, "cannot make its DDPMScheduler.*mine is not"),
@@ -652,13 +657,22 @@ def truncated(folder: Path) -> None:
         (replaced(class_embed_type="timestep"), "class_embed_type 'timestep'"),
         (replaced(class_embed_type="identity"), "class_embed_type 'identity'"),
         (replaced(time_embedding_type="fourier"), "time_embedding_type 'fourier', which divides"),
-        (replaced(time_embedding_type="learned", num_train_timesteps=9), "of 9 timest.*T = 1000"),
+        (replaced(time_embedding_type="learned", num_train_timesteps=9), "of 9 timest.*is fed 0..999"),
     ],
 )  # fmt: skip
 def test_folders_that_are_refused(folder: Path, change: Any, message: str) -> None:
     change(folder)
     with pytest.raises(ExportError, match=message):
         read_diffusers(folder)
+
+
+def test_flow_matching_needs_an_embedding_of_t_too(tmp_path: Path) -> None:
+    network = unet(8, norm_num_groups=4, block_out_channels=(8, 16),
+                   time_embedding_type="learned", num_train_timesteps=50)  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(50)
+    diffusers.DDPMPipeline(network, scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match=r"embeddings of 50 timesteps .* is fed 0\.\.50"):
+        read_diffusers(tmp_path)
 
 
 def test_a_learned_variance_is_refused(tmp_path: Path) -> None:

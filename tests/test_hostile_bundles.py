@@ -573,6 +573,18 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": {"rule": "linear", "code": "x"}}, "has no code"),
     "unknown option of the plan": (
         {"plan": {"sampler": "ddim", "steps": 5, "code": "x"}}, "option of sampler 'ddim' must"),
+    **{
+        f"{corrections} corrections": (
+            {"plan": {"sampler": "pc", "steps": 20, "corrections": corrections}}, "number <= 1000")
+        for corrections in (2**62, 2**63 - 1, 10**12, 10**6)
+    },
+    "a million rows": (
+        {"plan": {"sampler": "pc", "steps": 1000, "corrections": 1000}}, "more than 100000 rows"),
+    "300,000 betas": (
+        {"schedule": {"rule": "betas", "betas": [1e-5] * 300_000}}, "T = 300000; expected at most"),
+    "a sampler with a long name": ({"plan": {"sampler": "x" * 1_000_000}}, "got 'xxx"),
+    "timesteps that ascend": ({"plan": {"sampler": "ddim", "spacing": [1, 2]}}, "must descend"),
+    "a clip that is a list": ({"plan": {"sampler": "ddim", "clip": [1.0]}}, "got [1.0]"),
     "a schedule of 10^12 steps": ({"schedule": {"rule": "linear", "T": 10**12}}, "T = 10000000000"),
     "a schedule of 10^300 steps": ({"schedule": {"rule": "constant", "T": 10**300}}, "at most 100"),
     "a plan of 10^12 steps": ({"plan": {"sampler": "ddim", "steps": 10**12}}, "must be in 1..1000"),

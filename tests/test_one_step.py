@@ -296,8 +296,10 @@ def test_consistency_is_song_s_algorithm_1(steps: int) -> None:
 
 
 def test_few_steps_with_variance_beta_are_warned_of() -> None:
-    with pytest.warns(samplers.SamplerWarning, match="'beta' in 50 of 1000 steps .* 'beta-tilde'"):
-        samplers.ddpm(Schedule.linear(), 50)
+    for call in (samplers.ddpm, lambda *a: make_plan(a[0], "ddpm", steps=a[1])):
+        with pytest.warns(samplers.SamplerWarning, match="in 50 of 1000 .* 'beta-tilde'") as caught:
+            call(Schedule.linear(), 50)
+        assert caught[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error::ddpm_edge.samplers.SamplerWarning")

@@ -83,6 +83,8 @@ def test_streams_do_not_make_each_other_draw_again() -> None:
     [
         ({"corrections": -1}, "corrections must be a whole number >= 0; got -1"),
         ({"corrections": 1.5}, "got 1.5"),
+        ({"corrections": 2**62}, "corrections must be a whole number <= 1000; got 46116"),
+        ({"steps": 1000, "corrections": 1000}, "more than 100000 rows; give fewer"),
         ({"snr": 0}, "snr must be a number above 0; got 0"),
         ({"snr": float("nan")}, "snr must be a number above 0; got nan"),
         ({"snr": "a"}, "snr must be a number; got 'a'"),
@@ -90,4 +92,4 @@ def test_streams_do_not_make_each_other_draw_again() -> None:
 )
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        samplers.pc(Schedule.linear(), 5, **options)
+        samplers.pc(Schedule.linear(), **({"steps": 5} | options))

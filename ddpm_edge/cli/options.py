@@ -60,7 +60,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--sde/--ode",
         default=None,
-        help="dpmpp, dpm: draw noise at each step, or never.  [default: ode]",
+        help="dpmpp, dpm: draw noise at each step, or never.  [default: --ode]",
     )
     @click.option("--eta", type=float, help="ddim: randomness, 0 to 1.  [default: 0]")
     @click.option(
@@ -80,7 +80,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         if "spacing" in plan:
             plan["spacing"] = _spacing(plan["spacing"])
         if "clip" in plan:
-            plan["clip"] = None if plan["clip"] == "off" else _clip(plan["clip"])
+            plan["clip"] = _clip(plan["clip"])
         command(plan=plan, **others)
 
     return gathered
@@ -141,8 +141,10 @@ def _spacing(text: str) -> str | list[int]:
         ) from error
 
 
-def _clip(text: str) -> float | str:
-    """A limit, or a percentile."""
+def _clip(text: str) -> float | str | None:
+    """A limit, a percentile, or off."""
+    if text.lower() in ("off", "none"):
+        return None
     try:
         return float(text)
     except ValueError:

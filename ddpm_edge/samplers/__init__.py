@@ -55,27 +55,31 @@ def default_plan(schedule: Schedule) -> dict[str, Any]:
 def override(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a plan when some are given anew.
 
-    Another sampler has its own defaults, but keeps the clip. Of `steps` and a list of timesteps the
-    one that is given counts.
+    A sampler that is named starts from its own defaults, but keeps the clip. Of `steps` and a list
+    of timesteps the one that is given counts.
     """
     kept = dict(default)
-    if given.get("sampler", kept.get("sampler")) != kept.get("sampler"):
+    if "sampler" in given:
         kept = {name: value for name, value in kept.items() if name == "clip"}
-    if not isinstance(given.get("spacing", ""), str):
+    if "spacing" in given and (_listed(given) or _listed(kept)):
         kept.pop("steps", None)
-    if "steps" in given and not isinstance(kept.get("spacing", ""), str):
+    if "steps" in given and _listed(kept):
         del kept["spacing"]
     return kept | dict(given)
 
 
-def make_plan(schedule: Schedule, sampler: str, /, **options: Any) -> Plan:
+def _listed(plan: Mapping[str, Any]) -> bool:
+    """Whether a plan's arguments list its timesteps."""
+    return not isinstance(plan.get("spacing", ""), str)
+
+
+def make_plan(schedule: Schedule, /, sampler: str, **options: Any) -> Plan:
     """The plan of the sampler called `sampler`.
 
     Raises:
         ConfigError: no such sampler, an option that it does not have, or a bad value.
     """
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        raise ConfigError(checks.unknown("sampler", sampler, SAMPLERS))
+    checks.choice("sampler", sampler, SAMPLERS)
     known = _options(sampler)
     for name in options:
         if name not in known:

@@ -3,7 +3,7 @@
 Both integrate the probability-flow ODE in lambda = ln(signal / noise), exactly but for the
 network's answer m, which is extrapolated as a polynomial from the answers before:
 
-    x_s = a x_t - c (phi_1(y) D0 + phi_2(y) D1 + phi_3(y) D2)
+    x_s = a x_t - c y (phi_1(y) D0 + phi_2(y) D1 + phi_3(y) D2)
 
 with h = lambda_s - lambda_t and, where m is x0 (DPM-Solver++), a = noise_s / noise_t, c = signal_s,
 y = -h; where m is eps (DPM-Solver), a = signal_s / signal_t, c = noise_s, y = h. D0 = m, D1 and D2
@@ -18,6 +18,7 @@ from ddpm_edge import checks
 from ddpm_edge.arrays import Float64
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.grid import DEFAULT_SPACING, Grid, Spacing
+from ddpm_edge.samplers.phi import y_phi
 from ddpm_edge.schedule import Schedule
 
 MAX_ORDER = 3
@@ -68,8 +69,7 @@ def dpm(
     The last step, into the data, is of order 1 and draws no noise; diffusers' refuses it.
 
     Args:
-        schedule: the forward process; some signal must be left at T (in float32 1e-3 or more:
-            what is left of it is divided by it).
+        schedule: the forward process.
         steps: see `timesteps`.
         order: 1, 2 or 3; with sde 1 or 2.
         sde: solve the reverse SDE instead: draws noise at every step but the last.
@@ -115,17 +115,16 @@ def noise_columns(grid: Grid, order: int, sde: bool) -> tuple[Float64, Float64, 
 
 
 def _weights(grid: Grid, y: Float64, order: int) -> Float64:
-    """phi_1 D0 + phi_2 D1 + phi_3 D2 as weights of m_i, m_{i-1}, ...; float64 (N, order)."""
+    """Y (phi_1 D0 + phi_2 D1 + phi_3 D2) as weights of m_i, m_{i-1}, ...; float64 (N, order)."""
     h = np.diff(grid.lam)
     weights = np.zeros((len(grid), order))
     for i, now in enumerate(grid.orders(order, taper=len(grid) < FEW_STEPS)):
-        phi_1 = np.expm1(y[i])
+        phi_1 = y_phi(1, y[i])
         weights[i, 0] = phi_1
         if now == 2:  # the midpoint rule: phi_1 / 2 in place of phi_2
             weights[i, :2] += phi_1 / 2 * (h[i] / h[i - 1]) * np.array([1.0, -1.0])
         if now == 3:
-            phi_2 = phi_1 / y[i] - 1.0
-            phi_3 = (phi_1 - y[i]) / y[i] ** 2 - 0.5
+            phi_2, phi_3 = y_phi(2, y[i]), y_phi(3, y[i])
             r0, r1 = h[i - 1] / h[i], h[i - 2] / h[i]
             newer = np.array([1.0, -1.0, 0.0]) / r0
             older = np.array([0.0, 1.0, -1.0]) / r1

@@ -17,6 +17,7 @@ from ddpm_edge.schedule import Schedule
 
 DEFAULT_STEPS = 20
 DEFAULT_SPACING = "trailing"
+LEAST_SIGNAL = 1e-3  # float32 keeps four digits of what is divided by it
 RHO = 7.0  # of Karras et al. 2022
 LEAST_LAMBDA = -5.1  # what DPM-Solver's authors clip at; the linear schedule ends at -5.06
 
@@ -75,11 +76,12 @@ class Grid:
         return orders
 
     def require_signal(self, sampler: str) -> None:
-        """Raise ConfigError where the chain begins with nothing left of the data."""
-        if not self.signal[0]:
+        """Raise ConfigError where a sampler of form "eps" would divide by next to nothing."""
+        if self.signal[0] < LEAST_SIGNAL:
             raise ConfigError(
-                f"{sampler} needs some signal at its first timestep, which rectified flow has not "
-                "at T; use euler, dpmpp or unipc"
+                f"{sampler} needs a signal of {LEAST_SIGNAL:g} or more at its first timestep, and "
+                f"at t = {self.t[0]} it is {self.signal[0]:.2g}; use spacing 'logsnr' or 'karras', "
+                "or dpmpp or unipc"
             )
 
     def plan(
@@ -137,9 +139,7 @@ def timesteps(schedule: Schedule, steps: int | None, spacing: Spacing = DEFAULT_
     """
     if not isinstance(spacing, str):
         return _listed(schedule, steps, spacing)
-    if spacing not in SPACINGS:
-        known = checks.unknown("spacing", spacing, SPACINGS)
-        raise ConfigError(f"{known}; or give a list of timesteps")
+    rule = SPACINGS[checks.choice("spacing", spacing, SPACINGS)]
     if steps is None:
         steps = min(DEFAULT_STEPS, schedule.T)
     if checks.whole("steps", steps) > schedule.T:
@@ -149,13 +149,13 @@ def timesteps(schedule: Schedule, steps: int | None, spacing: Spacing = DEFAULT_
         )
     i = np.arange(steps)
     # Rounding may give a timestep twice, which would ask twice for nothing: the later one yields.
-    t = np.minimum.accumulate(np.rint(SPACINGS[spacing](schedule, steps)) + i) - i
+    t = np.minimum.accumulate(np.rint(rule(schedule, steps)) + i) - i
     return np.maximum(t, steps - i).astype(np.int64)  # and leaves room for those after it
 
 
 def trailing(schedule: Schedule, steps: int) -> Array:
     """Evenly down from T, a whole interval above the data (Lin et al. 2024, Table 2)."""
-    return schedule.T - np.arange(steps) * schedule.T // steps
+    return schedule.T - np.arange(steps) * schedule.T / steps
 
 
 def leading(schedule: Schedule, steps: int) -> Array:
@@ -165,7 +165,7 @@ def leading(schedule: Schedule, steps: int) -> Array:
 
 def linspace(schedule: Schedule, steps: int) -> Array:
     """Evenly from T to 1, both included."""
-    return np.linspace(schedule.T, 1, steps)
+    return 1 + np.rint(np.linspace(schedule.T - 1, 0, steps))  # rounded as diffusers does, from 0
 
 
 def quadratic(schedule: Schedule, steps: int) -> Array:
@@ -203,8 +203,8 @@ SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
 
 def _log_sigma(schedule: Schedule) -> Float64:
     """ln(noise / signal) = -lambda at t = 1, 2, ... as far as it is worth asking, ascending."""
-    with np.errstate(divide="ignore"):  # rectified flow has no signal at T
-        log_sigma: Float64 = np.log(schedule.noise[1:]) - np.log(schedule.signal[1:])
+    signal = np.maximum(schedule.signal[1:], np.finfo(np.float64).tiny)  # 0 in rectified flow's T
+    log_sigma: Float64 = np.log(schedule.noise[1:]) - np.log(signal)
     return log_sigma[: max(1, np.searchsorted(log_sigma, -LEAST_LAMBDA, side="right"))]
 
 
@@ -215,13 +215,11 @@ def _t_at(wanted: Float64, log_sigma: Float64) -> Float64:
 
 def _listed(schedule: Schedule, steps: int | None, spacing: Any) -> Int64:
     """The timesteps that a caller wrote down."""
-    try:
-        listed = list(spacing)
-    except TypeError as error:
+    if not isinstance(spacing, (list, tuple, range, np.ndarray)) or np.ndim(spacing) != 1:
         raise ConfigError(
-            f"spacing must be a name or a list of timesteps; got {spacing!r}"
-        ) from error
-    t = [checks.whole("a timestep of spacing", value, most=schedule.T) for value in listed]
+            f"spacing must be a name or a list of timesteps; got {checks.shown(spacing)}"
+        )
+    t = [checks.whole("a timestep of spacing", value, most=schedule.T) for value in spacing]
     if not t:
         raise ConfigError("spacing is an empty list; give at least one timestep")
     for before, after in itertools.pairwise(t):

@@ -32,8 +32,7 @@ def ipndm(
     schedule and a list it does the same.
 
     Args:
-        schedule: the forward process; some signal must be left at T (in float32 1e-3 or more:
-            what is left of it is divided by it).
+        schedule: the forward process.
         steps: see `timesteps`.
         order: 1..4.
         spacing: see `timesteps`.

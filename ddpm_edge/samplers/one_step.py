@@ -9,13 +9,11 @@ and differ in how much of the predicted noise they keep (d) and how much they dr
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from ddpm_edge import checks
 from ddpm_edge.arrays import Float64
-from ddpm_edge.errors import ConfigError
+from ddpm_edge.errors import ConfigError, warn
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.grid import DEFAULT_SPACING, Grid, Spacing
 from ddpm_edge.schedule import Schedule, transition
@@ -51,17 +49,15 @@ def ddpm(
         SamplerWarning: sigma^2 = beta in fewer than 200 of more steps (Song et al. 2021, Table 1:
             FID 32.7 instead of 3.2 in 50).
     """
-    if variance not in VARIANCES:
-        raise ConfigError(checks.unknown("variance", variance, VARIANCES))
+    checks.choice("variance", variance, VARIANCES)
     if steps is None and isinstance(spacing, str):
         steps = schedule.T
     grid = Grid.of(schedule, steps, spacing)
     if variance == "beta" and len(grid) < min(FEW_STEPS, schedule.T):
-        warnings.warn(
+        warn(
             f"ddpm with variance 'beta' in {len(grid)} of {schedule.T} steps leaves the images "
             f"noisy; use {FEW_STEPS} or more, variance 'beta-tilde', or another sampler",
             SamplerWarning,
-            stacklevel=2,
         )
     signal, noise, signal_s, noise_s = _ends(grid)
     factor, sigma2 = transition(signal, noise, signal_s, noise_s)
@@ -97,7 +93,9 @@ def ddim(
     _, noise_t, _, noise_s = _ends(grid)
     _, variance = transition(*_ends(grid))
     sigma = eta * np.sqrt(variance) * noise_s / noise_t
-    a, b = _columns(grid, np.sqrt(noise_s**2 - sigma**2))  # "direction pointing to x_t"
+    a, b = _columns(
+        grid, np.sqrt(np.maximum(noise_s**2 - sigma**2, 0.0))
+    )  # "direction pointing to x_t"
     return grid.plan("ddim", "x0", a, b, sigma, eta=float(eta), spacing=spacing, clip=clip)
 
 

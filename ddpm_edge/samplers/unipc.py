@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ddpm_edge import checks
 from ddpm_edge.arrays import Float64
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.grid import DEFAULT_SPACING, Grid, Spacing
+from ddpm_edge.samplers.phi import y_phi
 from ddpm_edge.schedule import Schedule
 
 MAX_ORDER = 3
@@ -67,13 +70,10 @@ def columns(grid: Grid, order: int) -> tuple[Float64, Float64]:
 
 def _moments(y: float, order: int) -> Float64:
     """The paper's Eq 8 for k = 1..order: k! y phi_{k+1}(y) / B(y), with B(y) = expm1(y)."""
-    moments = []
-    phi, factorial = np.expm1(y) / y - 1.0, 1
-    for k in range(1, order + 1):
-        moments.append(phi * factorial / np.expm1(y))
-        factorial *= k + 1
-        phi = phi / y - 1.0 / factorial
-    return np.array(moments)
+    orders = range(1, order + 1)
+    moments: Float64 = np.array([math.factorial(k) * y_phi(k + 1, y) for k in orders])
+    moments /= np.expm1(y)
+    return moments
 
 
 def _rho(r: Float64, moments: Float64, order: int) -> Float64:
