@@ -657,7 +657,7 @@ def truncated(folder: Path) -> None:
         (replaced(class_embed_type="timestep"), "class_embed_type 'timestep'"),
         (replaced(class_embed_type="identity"), "class_embed_type 'identity'"),
         (replaced(time_embedding_type="fourier"), "time_embedding_type 'fourier', which divides"),
-        (replaced(time_embedding_type="learned", num_train_timesteps=9), "of 9 timest.*is fed 0..999"),
+        (replaced(time_embedding_type="learned", num_train_timesteps=9), "of 9 ti.*fed 0..999"),
     ],
 )  # fmt: skip
 def test_folders_that_are_refused(folder: Path, change: Any, message: str) -> None:
