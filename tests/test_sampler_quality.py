@@ -10,6 +10,10 @@ import pytest
 pytest.importorskip("scipy")
 
 from benchmarks import sampler_quality as module
+from helpers import ToyEngine
+
+from ddpm_edge import Bundle, Generator
+from ddpm_edge.samplers import DEFAULT_PLAN
 
 
 def row(steps: int, *distances: float, **plan: object) -> dict:
@@ -44,16 +48,16 @@ def test_one_draw_has_no_bound() -> None:
 
 
 def test_plans_are_known_samplers() -> None:
-    from ddpm_edge import Schedule
-    from ddpm_edge.samplers import make_plan
-
-    plans = module.plans(["trailing", "karras"])
+    tables = set()
+    plans = module.plans()
     assert plans[0] == {"sampler": "ddpm", "steps": 1000}
     assert len({module.name_of(plan) for plan in plans}) == len(plans)
     for plan in plans:
-        options = {k: v for k, v in plan.items() if k != "sampler"}
-        made = make_plan(Schedule.linear(), plan["sampler"], **options)
+        made = Generator(Bundle.open(), ToyEngine(), "fp32").plan(**plan)  # as the benchmark does
         assert made.evaluations == plan["steps"]
+        tables.add(made.table())
+    assert len(tables) == len(plans)  # no option comes from the bundle's default plan
+    assert DEFAULT_PLAN.items() - {("clip", 1.0)} in [plan.items() for plan in plans]
 
 
 def test_the_committed_figures_give_the_table_and_the_plot(tmp_path: Path) -> None:

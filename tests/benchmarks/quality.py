@@ -1,6 +1,6 @@
 """How good the built-in model's samples are, by the feature network's classifier.
 
-    python tests/benchmarks/quality.py                                  # 50 a label, 100-step DDIM
+    python tests/benchmarks/quality.py                              # 50 a label, the default plan
     python tests/benchmarks/quality.py --unlabelled --sampler ddpm --steps 1000     # Algorithm 2
     python tests/benchmarks/quality.py --real           # what the classifier makes of real images
 
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--bundle", help="default: the built-in one")
     parser.add_argument("--real", action="store_true", help="judge the real test images instead")
     parser.add_argument("--unlabelled", action="store_true")
-    parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--sampler", help="default: the bundle's plan")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=20)
