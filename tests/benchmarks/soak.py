@@ -46,7 +46,7 @@ def sample(generator: Generator, i: int) -> None:
         1 + i % 3,
         label=label,
         guidance=2.0 if i % 3 == 2 else None,
-        sampler=("ddim", "ddpm")[i % 2],
+        sampler=("ddim", "dpmpp")[i % 2],
         steps=1 + i % 2,
         seed=i,
     )
