@@ -3,8 +3,8 @@
     python tests/benchmarks/loop_cost.py [--runs 5]
 
 Within one run of the built-in bundle each engine call is timed; all the rest is the loop: the
-update of the state, normal draws, checks. Printed for batch 1 and 16, for the default plan, one that
-never draws noise (ddim) and Algorithm 2 (ddpm). The median of the runs.
+update of the state, normal draws, checks. Printed for batch 1 and 16, for the default plan, one
+that never draws noise (ddim) and Algorithm 2 (ddpm). The median of the runs.
 """
 
 import argparse
