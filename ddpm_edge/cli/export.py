@@ -155,7 +155,7 @@ def _description(imported: Imported) -> str:
     process = f"{imported.schedule}, prediction {imported.prediction}"
     if imported.scheduler is None:
         return f"No {SCHEDULER}: taken {process}; --schedule, -T and --prediction say otherwise"
-    clip = "off" if imported.clip is None else imported.clip
+    clip = "off" if imported.clip is None else f"{imported.clip:g}"
     return f"{imported.scheduler}: {process}, variance {imported.variance}, clip {clip}"
 
 
