@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +49,8 @@ def choice(name: str, value: Any, known: Iterable[str]) -> str:
 
 def unknown(what: str, got: Any, known: Iterable[str]) -> str:
     """What to say of a name that is not one of the known ones: the nearest, and all of them."""
+    import difflib  # what is slow to import is not, unless somebody mistypes
+
     names = list(known)
     near = difflib.get_close_matches(str(got)[:80], names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""

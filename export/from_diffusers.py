@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,8 +39,8 @@ WEIGHTS_FILE = re.compile(
     rf"{WEIGHTS}(?:\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)"
     r"(?:\.index(?:\.(?P<of_shards>\w+))?\.json)?"
 )
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-VARIANCES = {
+PREDICTION_TYPES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+VARIANCE_TYPES = {
     "fixed_small": "beta-tilde", "fixed_small_log": "beta-tilde", "fixed_large": "beta",
     None: "beta",
 }  # fmt: skip
@@ -54,53 +54,64 @@ NEEDED: dict[str, tuple[Any, str]] = {
 }
 
 
+class Process(NamedTuple):
+    """What a scheduler says of the model, not of how diffusers samples it.
+
+    Attributes:
+        schedule: the forward process.
+        prediction: what the network answers, one of `ddpm_edge.plan.PREDICTIONS`.
+        clip: limit of x0 in the default plan; None = off.
+        variance: of sampler "ddpm", "beta" or "beta-tilde".
+        timestep_offset: the network is fed t + offset, t in 1..T.
+    """
+
+    schedule: Schedule
+    prediction: str
+    clip: float | None = 1.0
+    variance: str = "beta"
+    timestep_offset: int = -1  # diffusers counts from 0
+
+
 @dataclass(frozen=True)
 class Imported:
     """What a folder of diffusers holds.
 
     Attributes:
         network: the UNet2DModel, on the CPU, in evaluation mode.
-        schedule: the forward process.
+        process: what its scheduler says, or what was given or assumed.
         sample_shape: (C, H, W).
-        prediction: what the network answers, one of `ddpm_edge.plan.PREDICTIONS`.
-        timestep_offset: the network is fed t + offset, t in 1..T.
         class_names: one a label; empty = no labels.
         has_null_label: whether the last embedding stands for "no label".
-        clip: limit of x0 in the default plan; None = off.
-        variance: of sampler "ddpm", "beta" or "beta-tilde".
         name: of the folder.
-        scheduler: its class; None = the folder has none, and the schedule was given or assumed.
+        scheduler: its class; None = the folder has none.
         provenance: how the weights came to be, for the bundle.
     """
 
     network: nn.Module
-    schedule: Schedule
+    process: Process
     sample_shape: tuple[int, int, int]
-    prediction: str
-    timestep_offset: int
     class_names: tuple[str, ...]
     has_null_label: bool
-    clip: float | None
-    variance: str
     name: str
     scheduler: str | None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any]
 
     def export(
         self, path: str | Path, *, plan: Mapping[str, Any] | None = None, **arguments: Any
     ) -> Bundle:
         """Export it as a bundle; arguments and errors as for `ddpm_edge.export.export`."""
+        process = self.process
         return export(
             self.network,
-            self.schedule,
+            process.schedule,
             path,
             sample_shape=self.sample_shape,
-            prediction=self.prediction,
-            timestep_offset=self.timestep_offset,
+            prediction=process.prediction,
+            timestep_offset=process.timestep_offset,
             class_names=self.class_names,
             has_null_label=self.has_null_label,
-            variance=self.variance,
-            plan={"clip": self.clip, **(plan or {})},
+            variance=process.variance,
+            plan={"clip": process.clip, **(plan or {})},
             training=self.provenance,
             **{"name": self.name, **arguments},
         )
@@ -179,14 +190,10 @@ def read_diffusers(
     saved_by = index.get("_diffusers_version", config.get("_diffusers_version", "?"))
     return Imported(
         network=network,
-        schedule=process.schedule,
+        process=process,
         sample_shape=shape,
-        prediction=process.prediction,
-        timestep_offset=process.timestep_offset,
         class_names=names,
         has_null_label=has_null_label,
-        clip=process.clip,
-        variance=process.variance,
         name=folder.resolve().name,
         scheduler=scheduler_name,
         provenance={
@@ -427,16 +434,6 @@ def _scheduler(path: Path, name: str | None) -> Any:
         ) from error
 
 
-class Process(NamedTuple):
-    """What a scheduler says of the model (see `Imported`)."""
-
-    schedule: Schedule
-    prediction: str
-    clip: float | None = 1.0
-    variance: str = "beta"
-    timestep_offset: int = -1  # diffusers counts from 0
-
-
 def _process(path: Path, scheduler: Any) -> Process:
     """What a scheduler says of the model."""
     config, name = scheduler.config, type(scheduler).__name__
@@ -455,15 +452,15 @@ def _process(path: Path, scheduler: Any) -> Process:
         if value is not None and value != needed:
             raise _refusal(path, key, value, f"{needed!r} ({why})")
     prediction, variance = config.get("prediction_type", "epsilon"), config.get("variance_type")
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        raise _refusal(path, "prediction_type", prediction, ", ".join(PREDICTIONS))
-    if not isinstance(variance, (str, type(None))) or variance not in VARIANCES:
-        usual = ", ".join(str(name) for name in VARIANCES if name)
+    if not isinstance(prediction, str) or prediction not in PREDICTION_TYPES:
+        raise _refusal(path, "prediction_type", prediction, ", ".join(PREDICTION_TYPES))
+    if not isinstance(variance, (str, type(None))) or variance not in VARIANCE_TYPES:
+        usual = ", ".join(str(name) for name in VARIANCE_TYPES if name)
         raise _refusal(path, "variance_type", variance, usual)
     schedule = _schedule(path, config)
     _check_table(path, schedule, scheduler)
     clip = _clip(path, config)
-    return Process(schedule, PREDICTIONS[prediction], clip, VARIANCES[variance])
+    return Process(schedule, PREDICTION_TYPES[prediction], clip, VARIANCE_TYPES[variance])
 
 
 def _refusal(path: Path, key: str, value: Any, expected: str) -> ExportError:
@@ -497,12 +494,14 @@ def _clip(path: Path, config: Mapping[str, Any]) -> float | None:
 def _schedule(path: Path, config: Mapping[str, Any]) -> Schedule:
     """The forward process: a rule of ours where there is the same, else its betas in float64."""
     rule, trained = config["beta_schedule"], config.get("trained_betas")
-    if trained is None and rule not in RULES:
-        raise _refusal(path, "beta_schedule", rule, ", ".join(RULES))
+    if trained is None and rule not in BETA_SCHEDULES:
+        raise _refusal(path, "beta_schedule", rule, ", ".join(BETA_SCHEDULES))
     try:
         if trained is not None:
             return Schedule.from_betas(trained)
-        return RULES[rule](config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+        return BETA_SCHEDULES[rule](
+            config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+        )
     except ScheduleError as error:
         raise ExportError(f"{path} has a schedule that is not supported: {error}") from error
 
@@ -525,7 +524,7 @@ def _exp(T: int, *_: float) -> Schedule:
     return Schedule.constant(T, min(1 - math.exp(-12.0 / T), 0.999))
 
 
-RULES: dict[str, Callable[[int, float, float], Schedule]] = {
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Schedule]] = {
     "linear": Schedule.linear,
     "scaled_linear": _scaled_linear,
     "squaredcos_cap_v2": lambda T, *_: Schedule.cosine(T),

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy import diffusers_states, draws, exact_flow, in_float64, log_snr_grid, run, start, toy
+from toy import diffusers_states, draws, flow_error, in_float64, run, start, toy
 
 from ddpm_edge import samplers
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.dpm_solver import data_columns, noise_columns
-from ddpm_edge.samplers.grid import Grid
 from ddpm_edge.schedule import Schedule
 
 STEPS = [5, 10, 20, 50]
@@ -96,22 +95,6 @@ def test_order_1_is_ddim(sampler: Any, steps: int) -> None:
 
 # Order of convergence: Gaussian data with exact eps, evenly in lambda, no step into the data.
 
-VARIANCE = 0.25
-
-
-def error(steps: int, columns: Any, form: str, order: int) -> float:
-    """How far a chain of this many steps ends from the exact solution."""
-    signal, noise = log_snr_grid(steps)
-    grid = Grid(np.arange(steps, 0, -1), signal, noise)
-    plan = grid.plan("test", form, *columns(grid, order, sde=False))
-
-    def eps(x: np.ndarray, t: int) -> np.ndarray:
-        s, n = float(signal[steps - t]), float(noise[steps - t])
-        return n * x / (s**2 * VARIANCE + n**2)
-
-    end = run(plan, start(), np.zeros((steps, 1)), eps)[-1]
-    return float(np.abs(end - exact_flow(start(), signal, noise, VARIANCE)).max())
-
 
 @pytest.mark.parametrize(("columns", "form"), [(data_columns, "x0"), (noise_columns, "eps")])
 @pytest.mark.parametrize(("order", "ratio"), [(1, 2.0), (2, 4.0), (3, 4.0)])
@@ -121,7 +104,10 @@ def test_order_of_convergence(columns: Any, form: str, order: int, ratio: float)
     Order 3 converges with order 2, as its authors' code and diffusers do: D2 is half of the second
     derivative that phi_3 belongs to, and the first steps are of lower order.
     """
-    errors = [error(steps, columns, form, order) for steps in (80, 160, 320)]
+    errors = [
+        flow_error(steps, form, lambda grid: columns(grid, order, sde=False))
+        for steps in (80, 160, 320)
+    ]
     for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(ratio, rel=0.08)  # the next order's share at 80 steps
 

@@ -356,8 +356,9 @@ def test_flow_matching(tmp_path: Path) -> None:
     network = unet(8, norm_num_groups=4, block_out_channels=(8, 16)).eval()
     diffusers.DDPMPipeline(network, scheduler).save_pretrained(tmp_path)
     imported = read_diffusers(tmp_path)
-    assert (imported.prediction, imported.timestep_offset, imported.clip) == ("velocity", 0, 1.0)
-    assert imported.schedule.to_dict() == {"rule": "rectified-flow", "T": 1000}
+    process = imported.process
+    assert (process.prediction, process.timestep_offset, process.clip) == ("velocity", 0, 1.0)
+    assert process.schedule.to_dict() == {"rule": "rectified-flow", "T": 1000}
     scheduler.set_timesteps(steps)
     x0 = np.random.default_rng(0).standard_normal((N, *shape)).astype(np.float32)
     image = torch.from_numpy(x0)
@@ -365,7 +366,7 @@ def test_flow_matching(tmp_path: Path) -> None:
         for t in scheduler.timesteps:
             image = scheduler.step(network(image, t).sample, t, image).prev_sample
     manifest = Manifest(
-        "flow", shape, imported.schedule, "velocity", 0, (), {"sampler": "euler"}, {}
+        "flow", shape, process.schedule, "velocity", 0, (), {"sampler": "euler"}, {}
     )
     ours = Network(TorchEngine(imported.network, shape, False), manifest)
     plan = manifest.make_plan(steps=steps, spacing="linspace")
@@ -529,11 +530,12 @@ def test_export_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_bare_network_and_its_arguments(folder: Path) -> None:
     read = read_diffusers(folder / "unet")
-    assert (read.schedule.to_dict(), read.prediction) == (Schedule.linear().to_dict(), "eps")
-    assert (read.scheduler, read.clip, read.variance, read.name) == (None, 1.0, "beta", "unet")
+    assert read.process.schedule.to_dict() == Schedule.linear().to_dict()
+    assert read.process[1:] == ("eps", 1.0, "beta", -1)
+    assert (read.scheduler, read.name) == (None, "unet")
     assert read.sample_shape == (3, 8, 8)
     read = read_diffusers(folder / "unet", schedule=Schedule.cosine(10), prediction="v")
-    assert (read.schedule.T, read.prediction) == (10, "v")
+    assert (read.process.schedule.T, read.process.prediction) == (10, "v")
     for given in ({"schedule": Schedule.linear()}, {"prediction": "eps"}):
         with pytest.raises(ConfigError, match="has a scheduler that says schedule and prediction"):
             read_diffusers(folder, **given)

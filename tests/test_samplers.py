@@ -47,7 +47,7 @@ def test_predictions_are_converted(prediction: str, sampler: str, clip: float | 
         x0 = (x - noise * eps) / signal
         return {"x0": x0, "v": signal * eps - noise * x0, "velocity": eps - x0}[prediction]
 
-    plan = make_plan(schedule, sampler, steps=20, clip=clip)
+    plan = make_plan(schedule, sampler, steps=50, clip=clip)
     z = draws(len(plan))
     a, b = run(plan, start(), z), run(plan, start(), z, answer, prediction)
     assert np.abs(a - b).max() < 1e-9 * np.abs(a).max()

@@ -6,12 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from toy import diffusers_states, draws, exact_flow, in_float64, log_snr_grid, run, start
+from toy import diffusers_states, draws, flow_error, in_float64, run, start
 
 from ddpm_edge import samplers
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
-from ddpm_edge.samplers.grid import Grid
 from ddpm_edge.samplers.unipc import columns
 from ddpm_edge.schedule import Schedule
 
@@ -41,23 +40,6 @@ def test_unipc_is_diffusers(order: int, steps: int, spacing: str) -> None:
     assert np.abs(got - expected).max() < 1e-9 * max(1.0, np.abs(expected).max())
 
 
-VARIANCE = 0.25
-
-
-def error(steps: int, order: int) -> float:
-    """How far a chain of this many steps ends from the exact solution for Gaussian data."""
-    signal, noise = log_snr_grid(steps)
-    grid = Grid(np.arange(steps, 0, -1), signal, noise)
-
-    def eps(x: np.ndarray, t: int) -> np.ndarray:
-        s, n = float(signal[steps - t]), float(noise[steps - t])
-        return n * x / (s**2 * VARIANCE + n**2)
-
-    plan = grid.plan("test", "x0", *columns(grid, order))
-    end = run(plan, start(), np.zeros((steps, 1)), eps)[-1]
-    return float(np.abs(end - exact_flow(start(), signal, noise, VARIANCE)).max())
-
-
 @pytest.mark.parametrize(("order", "ratio"), [(1, 4.0), (2, 8.0), (3, 16.0)])
 def test_order_of_convergence(order: int, ratio: float) -> None:
     """Halving the step divides the error by 2^(p + 1): UniPC-p has order p + 1 (the paper's 3.2).
@@ -65,7 +47,9 @@ def test_order_of_convergence(order: int, ratio: float) -> None:
     The last state has not been corrected: one step of the predictor's order p, whose error is of
     order p + 1 too.
     """
-    errors = [error(steps, order) for steps in (160, 320, 640)]
+    errors = [
+        flow_error(steps, "x0", lambda grid: columns(grid, order)) for steps in (160, 320, 640)
+    ]
     for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(ratio, rel=0.08)  # the next order's share at 160
 

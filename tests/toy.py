@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan, run_plan
+from ddpm_edge.samplers.grid import Grid
 from ddpm_edge.schedule import Schedule
 
 SHAPE = (2, 1, 4, 4)
@@ -103,16 +104,23 @@ def diffusers_states(
     return np.stack(states)
 
 
-def log_snr_grid(steps: int, first: float = -3.0, last: float = 3.0) -> tuple[np.ndarray, ...]:
-    """signal and noise, (steps + 1,) each, evenly in lambda = ln(signal / noise)."""
-    lam = np.linspace(first, last, steps + 1)
-    return 1 / np.sqrt(1 + np.exp(-2 * lam)), 1 / np.sqrt(1 + np.exp(2 * lam))
+VARIANCE = 0.25  # of the data whose flow is known
 
 
-def exact_flow(x: np.ndarray, signal: np.ndarray, noise: np.ndarray, variance: float) -> np.ndarray:
-    """The probability-flow ODE from the first to the last (signal, noise), for Gaussian data.
+def flow_error(steps: int, form: str, columns: Callable[[Grid], tuple[np.ndarray, ...]]) -> float:
+    """How far a chain ends from the exact probability flow of Gaussian data, with the exact eps.
 
-    x stays at the same quantile: x / sqrt(signal^2 variance + noise^2) does not change.
+    Its steps are even in lambda = ln(signal / noise) from -3 to 3: none leads into the data, where
+    lambda is infinite. Along the flow x / sqrt(signal^2 variance + noise^2) does not change.
     """
-    total = signal**2 * variance + noise**2
-    return x * math.sqrt(total[-1] / total[0])
+    lam = np.linspace(-3.0, 3.0, steps + 1)
+    signal, noise = 1 / np.sqrt(1 + np.exp(-2 * lam)), 1 / np.sqrt(1 + np.exp(2 * lam))
+    total = signal**2 * VARIANCE + noise**2
+    grid = Grid(np.arange(steps, 0, -1), signal, noise)
+
+    def eps(x: np.ndarray, t: int) -> np.ndarray:
+        return x * float(noise[steps - t] / total[steps - t])
+
+    plan = grid.plan("test", form, *columns(grid))
+    end = run(plan, start(), np.zeros((steps, 1)), eps)[-1]
+    return float(np.abs(end - start() * math.sqrt(total[-1] / total[0])).max())

@@ -75,16 +75,17 @@ def export(
 
     RUN may also be a folder that diffusers saved: a pipeline of a UNet2DModel and a scheduler, or a
     bare UNet2DModel, whose schedule and prediction you say. The sampler options set the bundle's
-    default plan. A network of your own maps (x, t) or
-    (x, t, label) to x's shape; say its --shape and its schedule.
+    default plan. A network of your own maps (x, t) or (x, t, label) to x's shape; say its --shape
+    and its schedule.
 
     Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle
     """
     if (run is None) == (model is None):
         raise ConfigError("give either the directory of a training run, or --model")
     given = given_options(ctx)
+    diffusers = run is not None and is_diffusers(run)
     if run is not None:
-        taken = DIFFUSERS_OPTIONS if is_diffusers(run) else set()
+        taken = DIFFUSERS_OPTIONS if diffusers else set()
         extra = [flag for name, flag in given.items() if name in MODEL_OPTIONS - taken]
         if extra:
             raise ConfigError(f"{', '.join(extra)} go with --model; {run} has its own")
@@ -97,7 +98,8 @@ def export(
         "report": show_comparison,
     }
     click.echo(f"Exporting {run or model} to ONNX ...")
-    bundle = _exporter(run, model, output, o, given)(**common)
+    imported = _imported(run, o, given) if run is not None and diffusers else None
+    bundle = _exporter(imported or run, model, output, o)(**common)
     size = sum(entry["size"] for entry in bundle.files.values())
     click.echo(
         f"{output}: {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s\n"
@@ -106,28 +108,32 @@ def export(
     )
 
 
+def _imported(run: Path, o: dict[str, Any], given: Collection[str]) -> Imported:
+    """What a folder of diffusers holds, with what was typed for a bare network."""
+    imported = read_diffusers(
+        run,
+        schedule=o["forward"] if SCHEDULE_OPTIONS & set(given) else None,
+        prediction=o["prediction"] if "prediction" in given else None,
+        sample_shape=_shape(o["shape"]) if o["shape"] else None,
+        class_names=_names(o["classes"]),
+    )
+    click.echo(_description(imported))
+    return imported
+
+
 def _exporter(
-    run: Path | None, model: str | None, output: Path, o: dict[str, Any], given: Collection[str]
+    source: Imported | Path | None, model: str | None, output: Path, o: dict[str, Any]
 ) -> Callable[..., Bundle]:
-    """What exports: a run, a folder of diffusers, or the user's own network."""
+    """What exports: a folder of diffusers, a run, or the user's own network."""
     import functools
 
     from ddpm_edge.export import export as export_network
     from ddpm_edge.export import export_run
 
-    classes = [name.strip() for name in o["classes"].split(",")] if o["classes"] else []
-    if run is not None and is_diffusers(run):
-        imported = read_diffusers(
-            run,
-            schedule=o["forward"] if SCHEDULE_OPTIONS & set(given) else None,
-            prediction=o["prediction"] if "prediction" in given else None,
-            sample_shape=_shape(o["shape"]) if o["shape"] else None,
-            class_names=classes,
-        )
-        click.echo(_description(imported))
-        return functools.partial(imported.export, output)
-    if run is not None:
-        return functools.partial(export_run, run, output)
+    if isinstance(source, Imported):
+        return functools.partial(source.export, output)
+    if source is not None:
+        return functools.partial(export_run, source, output)
     from ddpm_edge.train.network import from_factory, load_weights
 
     shape = _shape(o["shape"])
@@ -145,18 +151,24 @@ def _exporter(
         sample_shape=shape,
         prediction=o["prediction"],
         timestep_offset=o["timestep_offset"],
-        class_names=classes,
+        class_names=_names(o["classes"]),
         training={"model": model, "weights": str(o["weights"]) if o["weights"] else None},
     )
 
 
 def _description(imported: Imported) -> str:
     """What was read from a folder of diffusers, or assumed where it does not say."""
-    process = f"{imported.schedule}, prediction {imported.prediction}"
+    schedule, prediction, clip, variance, _ = imported.process
+    process = f"{schedule}, prediction {prediction}"
     if imported.scheduler is None:
         return f"No {SCHEDULER}: taken {process}; --schedule, -T and --prediction say otherwise"
-    clip = "off" if imported.clip is None else f"{imported.clip:g}"
-    return f"{imported.scheduler}: {process}, variance {imported.variance}, clip {clip}"
+    clipped = "off" if clip is None else f"{clip:g}"
+    return f"{imported.scheduler}: {process}, variance {variance}, clip {clipped}"
+
+
+def _names(text: str | None) -> list[str]:
+    """The names in "cat, dog"."""
+    return [name.strip() for name in text.split(",")] if text else []
 
 
 def _shape(text: str | None) -> tuple[int, int, int]:

@@ -75,13 +75,13 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(command)
     def gathered(**given: Any) -> None:
-        plan = {n: given.pop(n) for n in PLAN_OPTIONS if given.get(n) is not None}
-        others = {n: value for n, value in given.items() if n not in PLAN_OPTIONS}
+        typed = {name: given.pop(name) for name in PLAN_OPTIONS}
+        plan = {name: value for name, value in typed.items() if value is not None}
         if "spacing" in plan:
             plan["spacing"] = _spacing(plan["spacing"])
         if "clip" in plan:
             plan["clip"] = _clip(plan["clip"])
-        command(plan=plan, **others)
+        command(plan=plan, **given)
 
     return gathered
 

@@ -50,10 +50,7 @@ def dpmpp(
     order = checks.whole("order", order, most=MAX_ORDER)
     grid = Grid.of(schedule, steps, spacing)
     a, b, s = data_columns(grid, order, checks.flag("sde", sde))
-    return grid.plan(
-        "dpmpp", "x0", a, b, s, order=order, **({"sde": True} if sde else {}),
-        spacing=spacing, clip=clip,
-    )  # fmt: skip
+    return grid.plan("dpmpp", "x0", a, b, s, order=order, sde=sde, spacing=spacing, clip=clip)
 
 
 def dpm(
@@ -79,15 +76,12 @@ def dpm(
     order = checks.whole("order", order, most=2 if checks.flag("sde", sde) else MAX_ORDER)
     grid = Grid.of(schedule, steps, spacing)
     a, b, s = noise_columns(grid, order, sde)
-    return grid.plan(
-        "dpm", "eps", a, b, s, order=order, **({"sde": True} if sde else {}),
-        spacing=spacing, clip=clip,
-    )  # fmt: skip
+    return grid.plan("dpm", "eps", a, b, s, order=order, sde=sde, spacing=spacing, clip=clip)
 
 
 def data_columns(grid: Grid, order: int, sde: bool) -> tuple[Float64, Float64, Float64]:
     """Columns a, b, s of DPM-Solver++ for m = x0."""
-    h = np.diff(grid.lam)
+    h = grid.h
     noise_s, noise_t = grid.noise[1:], grid.noise[:-1]
     a = noise_s / noise_t * (np.exp(-h) if sde else 1.0)
     y = -2.0 * h if sde else -h
@@ -103,9 +97,8 @@ def noise_columns(grid: Grid, order: int, sde: bool) -> tuple[Float64, Float64, 
     inner = slice(0, -1 if ends_in_data else None)
     a = grid.signal[1:] / grid.signal[:-1]
     b, s = np.zeros((len(grid), order)), np.zeros(len(grid))
-    h = np.diff(grid.lam)[inner]
-    noise_s = grid.noise[1:][inner]
-    b[inner] = -noise_s[:, None] * _weights(grid, np.diff(grid.lam), order)[inner]
+    h, noise_s = grid.h[inner], grid.noise[1:][inner]
+    b[inner] = -noise_s[:, None] * _weights(grid, grid.h, order)[inner]
     if sde:
         b[inner] *= 2.0
         s[inner] = noise_s * np.sqrt(np.expm1(2.0 * h))
@@ -115,8 +108,8 @@ def noise_columns(grid: Grid, order: int, sde: bool) -> tuple[Float64, Float64, 
 
 
 def _weights(grid: Grid, y: Float64, order: int) -> Float64:
-    """Y (phi_1 D0 + phi_2 D1 + phi_3 D2) as weights of m_i, m_{i-1}, ...; float64 (N, order)."""
-    h = np.diff(grid.lam)
+    """Weights of m_i, m_{i-1}, ... in y (phi_1 D0 + phi_2 D1 + phi_3 D2); float64 (N, order)."""
+    h = grid.h
     weights = np.zeros((len(grid), order))
     for i, now in enumerate(grid.orders(order, taper=len(grid) < FEW_STEPS)):
         phi_1 = y_phi(1, y[i])

@@ -57,6 +57,11 @@ class Grid:
             lam: Float64 = np.log(self.signal) - np.log(self.noise)
         return lam
 
+    @property
+    def h(self) -> Float64:
+        """How far each step goes in lambda; float64 (N,)."""
+        return np.diff(self.lam)
+
     def orders(self, order: int, taper: bool) -> list[int]:
         """The order of a multistep method at each step.
 
@@ -113,8 +118,8 @@ class Grid:
 def call_name(
     call: str, steps: int, spacing: Spacing, clip: float | str | None, options: dict[str, Any]
 ) -> str:
-    """What made a plan, for people: "ddim(steps=50, eta=0, clip=1)"."""
-    shown = {"steps": steps, **options}
+    """What made a plan, for people: "ddim(steps=50, eta=0, clip=1)"; flags that are off are not."""
+    shown = {"steps": steps} | {k: v for k, v in options.items() if v is not False}
     if not isinstance(spacing, str):
         shown["spacing"] = "list"
     elif spacing != DEFAULT_SPACING:
@@ -186,9 +191,8 @@ def logsnr(schedule: Schedule, steps: int) -> Array:
 def karras(schedule: Schedule, steps: int) -> Array:
     """Evenly in sigma^(1/7), sigma = noise / signal, from T to 1 (Karras et al. 2022, Eq 5).
 
-    It begins where `logsnr` does.
-    The network is asked at the nearest timestep, and sigma is that timestep's; diffusers keeps the
-    sigma of the formula beside the rounded timestep.
+    It begins where `logsnr` does. The network is asked at the nearest timestep, and sigma is that
+    timestep's; diffusers keeps the sigma of the formula beside the rounded timestep.
     """
     log_sigma = _log_sigma(schedule)
     first, last = np.exp(log_sigma[[-1, 0]] / RHO)

@@ -90,12 +90,11 @@ def ddim(
     if not 0.0 <= checks.number("eta", eta) <= 1.0:
         raise ConfigError(f"eta must be in 0..1; got {eta!r}")
     grid = Grid.of(schedule, steps, spacing)
-    _, noise_t, _, noise_s = _ends(grid)
-    _, variance = transition(*_ends(grid))
-    sigma = eta * np.sqrt(variance) * noise_s / noise_t
-    a, b = _columns(
-        grid, np.sqrt(np.maximum(noise_s**2 - sigma**2, 0.0))
-    )  # "direction pointing to x_t"
+    signal, noise, signal_s, noise_s = _ends(grid)
+    _, variance = transition(signal, noise, signal_s, noise_s)
+    sigma = eta * np.sqrt(variance) * noise_s / noise
+    toward_x_t = np.sqrt(np.maximum(noise_s**2 - sigma**2, 0.0))  # rounding may go below 0
+    a, b = _columns(grid, toward_x_t)
     return grid.plan("ddim", "x0", a, b, sigma, eta=float(eta), spacing=spacing, clip=clip)
 
 

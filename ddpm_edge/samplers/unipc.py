@@ -43,15 +43,14 @@ def unipc(
 
 def columns(grid: Grid, order: int) -> tuple[Float64, Float64]:
     """Columns a, b: the correction of the step before, carried through this step's prediction."""
-    lam, signal = grid.lam, grid.signal
+    lam, h, signal = grid.lam, grid.h, grid.signal
     a = grid.noise[1:] / grid.noise[:-1]
     b = np.zeros((len(grid), order + 1))
     correction = np.zeros(order + 1)  # of the first state: none
     for i, now in enumerate(grid.orders(order, taper=True)):
         b[i] = a[i] * correction
-        r = (lam[i - now + 1 : i][::-1] - lam[i]) / (lam[i + 1] - lam[i])  # (now - 1,)
-        moments = _moments(lam[i] - lam[i + 1], now)
-        b_h = np.expm1(lam[i] - lam[i + 1])
+        r = (lam[i - now + 1 : i][::-1] - lam[i]) / h[i]  # (now - 1,)
+        moments, b_h = _moments(-h[i], now), np.expm1(-h[i])
         predict = _rho(r, moments, now - 1) if now != 2 else np.array([0.5])
         correct = _rho(np.append(r, 1.0), moments, now) if now != 1 else np.array([0.5])
         # D_k = (m_{i-k} - m_i) / r_k as weights of m_i, m_{i-1}, ...

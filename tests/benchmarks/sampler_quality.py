@@ -1,7 +1,7 @@
 """Which sampler makes the best images in few steps, with the built-in model.
 
     python tests/benchmarks/sampler_quality.py                # measures what is not measured yet
-    python tests/benchmarks/sampler_quality.py --table        # prints the table and draws the plot
+    python tests/benchmarks/sampler_quality.py --table --plot docs/samplers.png    # shows it
 
 For every sampler and number of steps: the Frechet distance of the feature network between generated
 images (labels in turn) and the 10,000 test images of Fashion-MNIST, for several draws (seeds), and
@@ -63,7 +63,7 @@ def name_of(plan: dict) -> str:
 
 
 def work(jobs: list[tuple[dict, int, int]], cache: Path, worker: int, workers: int) -> None:
-    """Make and judge the chunks of images that no other worker has begun."""
+    """Make and judge this worker's share of the chunks, but for those that are there."""
     warnings.simplefilter("ignore", SamplerWarning)
     with Generator.load(threads=1) as generator, FeatureNetwork.fashion_mnist(threads=1) as network:
         for plan, seed, first in jobs[worker::workers]:
