@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddpm_edge import checks, noise
-from ddpm_edge.arrays import Array
+from ddpm_edge import checks
+from ddpm_edge.arrays import Array, Float32
 from ddpm_edge.bundle import REFERENCE, Bundle
 from ddpm_edge.errors import BundleError, ClosedError, ConfigError, ForkError
-from ddpm_edge.images import to_images
-from ddpm_edge.plan import Plan, State
+from ddpm_edge.images import from_images, to_images
+from ddpm_edge.latents import slerp
+from ddpm_edge.plan import Plan
 from ddpm_edge.reference import Comparison, Reference
+from ddpm_edge.request import DTYPES, MAX_BATCH, Callback, Label, Made, Request, Step, is_many
+from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
 from ddpm_edge.runtimes import Engine, open_engine
-from ddpm_edge.sampling import Labels, Network, enough_memory, sample_states
+from ddpm_edge.samplers import inversion
+from ddpm_edge.sampling import Network, enough_memory
 from ddpm_edge.schedule import Schedule
+from ddpm_edge.tasks import Known, Restore, Task, Vary
 
-Label = int | str | None
-MAX_BATCH = 16  # samples in one engine call unless `batch` says otherwise
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of a running generation. The arrays are copies: keep them.
-
-    Attributes:
-        index: 0..total - 1.
-        total: steps of the whole call.
-        t: the timestep that the network was asked about.
-        first: index of the first sample in x.
-        x: the state after the step; float32 (n, C, H, W).
-        x0: what the step predicted of the final image; float32 (n, C, H, W).
-    """
-
-    index: int
-    total: int
-    t: int
-    first: int
-    x: Array
-    x0: Array
-
-
-Callback = Callable[[Step], object]
+INVERSION_STEPS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +159,7 @@ class Generator:
         Raises:
             ConfigError: an unknown sampler or option, or a value out of range.
         """
-        return self.bundle.manifest.make_plan(sampler, steps, **options)
+        return self.bundle.manifest.make_plan(sampler=sampler, steps=steps, **options)
 
     def warmup(self, n: int = 1) -> None:
         """Evaluate the network once for n samples, so that the first image is not slower.
@@ -207,7 +187,7 @@ class Generator:
         data = self.bundle.read(REFERENCE)
         yield from Reference.from_bytes(data, self.bundle.manifest).compare(network)
 
-    def sample(self, n: int = 1, **arguments: Any) -> Array:
+    def sample(self, n: int | None = None, **arguments: Any) -> Array:
         """Make n images: uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".
 
         The arguments are those of `run`.
@@ -216,10 +196,13 @@ class Generator:
 
     def run(
         self,
-        n: int = 1,
+        n: int | None = None,
         *,
         label: Label | Sequence[Label] = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        task: Task | None = None,
+        latents: Array | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         seed: int | None = None,
@@ -227,18 +210,25 @@ class Generator:
         batch: int | None = None,
         dtype: str = "uint8",
         callback: Callback | None = None,
+        deadline_ms: float | None = None,
         **options: Any,
     ) -> Result:
         """Make n images and say how.
 
         Args:
-            n: how many, >= 1.
+            n: how many, >= 1; None = one, or as many as `task` and `latents` are for.
             label: a class, by number or name, for all or one for each; None = no label (a model
                 may know none: `manifest.null_label` is None).
-            guidance: scale of classifier-free guidance, eps_u + scale (eps_c - eps_u); needs a
-                label. None or 1.0 = plain conditioning.
+            guidance: scale of classifier-free guidance, eps_u + scale (eps_c - eps_u), for all or
+                one for each; needs a label. None or 1.0 = plain conditioning.
+            guidance_interval: the lowest and the highest timestep at which guidance acts;
+                elsewhere the network is asked once instead of twice. None = everywhere.
+            task: what is known of the images, a `Restore` or a `Vary`; None = nothing. One image
+                with n = 8 gives eight answers.
+            latents: states at T to start from, float32 (C, H, W) or (n, C, H, W), such as `invert`
+                gives; None = drawn from the seed.
             sampler: see `plan`.
-            steps: see `plan`.
+            steps: see `plan`. From a timestep below T, as `Vary` begins at, at most so many.
             **options: see `plan`.
             seed: 0..2**64 - 1; None draws a fresh one, found in the result.
             first: index of the first sample: `run(1, seed=s, first=5)` is the sixth image of
@@ -246,6 +236,8 @@ class Generator:
             batch: samples in one evaluation of the network; does not change the images.
             dtype: of the images, "uint8" or "float32".
             callback: called after every step; returning True stops the run with the x0 so far.
+            deadline_ms: milliseconds from the call's start. A step that would end later is not
+                begun, but for the first: the run stops with the x0 so far.
 
         Raises:
             ConfigError: an argument that cannot work; nothing has run then.
@@ -254,25 +246,26 @@ class Generator:
             ClosedError, ForkError: this Generator cannot be used, or no longer.
         """
         start = time.perf_counter()
-        batch = MAX_BATCH if batch is None else batch
-        request = self._request(n, label, guidance, sampler, steps, seed, first, batch, options)
         network, runtime = self._open(), self.runtime
-        if dtype not in ("uint8", "float32"):
+        if dtype not in DTYPES:
             raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {dtype!r}")
-        images: list[Array] = []
-        stopped = False
-        for chunk in request.chunks():
-            state = None
-            for state in request.states(network, chunk):
-                if callback is not None:
-                    answer = callback(request.step(state, chunk))
-                    stopped = isinstance(answer, (bool, np.bool_)) and bool(answer)
-                if stopped:
-                    break
-            if state is not None:  # always: a plan has at least one row
-                images.append(to_images(state.x0() if stopped else state.x, dtype))
-            if stopped:
-                break
+        request = Request.of(
+            self.bundle.manifest,
+            n,
+            label=label,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            task=task,
+            latents=latents,
+            plan=lambda known: self._plan_from(known, sampler, steps, options),
+            seed=seed,
+            first=first,
+            batch=MAX_BATCH if batch is None else batch,
+            deadline_ms=deadline_ms,
+        )
+        images = []
+        for made in request.made(network, callback):
+            images.append(request.images(made.x0, made.chunk, dtype))
         return Result(
             images=np.concatenate(images),
             seed=request.seed,
@@ -280,86 +273,249 @@ class Generator:
             runtime=runtime,
             variant=self.variant,
             milliseconds=(time.perf_counter() - start) * 1e3,
-            stopped=stopped,
+            stopped=not made.whole or made.chunk.stop < request.first + request.n,
         )
 
     def stream(
         self,
-        n: int = 1,
+        n: int | None = None,
         *,
         label: Label | Sequence[Label] = None,
-        guidance: float | None = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        task: Task | None = None,
+        latents: Array | None = None,
         sampler: str | None = None,
         steps: int | None = None,
         seed: int | None = None,
         first: int = 0,
+        deadline_ms: float | None = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Every step of making n images, all together in one batch; arguments as for `run`.
 
-        The last step's x is the result. Arguments are checked when `stream` is called; leaving the
-        iteration early is fine.
+        The last step's x is the result; where a deadline ended it early, the last step's x0.
+        Arguments are checked when `stream` is called; leaving the iteration early is fine.
         """
-        request = self._request(n, label, guidance, sampler, steps, seed, first, n, options)
+        request = Request.of(
+            self.bundle.manifest,
+            n,
+            label=label,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            task=task,
+            latents=latents,
+            plan=lambda known: self._plan_from(known, sampler, steps, options),
+            seed=seed,
+            first=first,
+            deadline_ms=deadline_ms,
+        )
         (chunk,) = request.chunks()
-        states = request.states(self._open(), chunk)
-        return (request.step(state, chunk) for state in states)
+        return request.steps(self._open(), chunk)
+
+    # One model, many uses: `sample` with a task, which `run` and `stream` take as well
+
+    def restore(
+        self, y: Any, operator: Operator, *, sigma_y: float = 0.0, **arguments: Any
+    ) -> Array:
+        """Images of which a linear measurement y = A x + sigma_y n is known (DDNM).
+
+        Args:
+            y: see `Restore`.
+            operator: A: `Mask`, `AveragePool`, `Grayscale` or `Matrix`.
+            sigma_y: standard deviation of the noise in y, for values in [-1, 1].
+            **arguments: see `run`.
+
+        Returns:
+            uint8 (n, H, W, C), or as `dtype` says. Where sigma_y is 0, what the operator makes of
+            them is y within one grey level, if images in [-1, 1] can be so.
+        """
+        return self.sample(task=Restore(y, operator, sigma_y), **arguments)
+
+    def inpaint(self, image: Any, mask: Any, **arguments: Any) -> Array:
+        """Images painted anew where a mask says so.
+
+        Args:
+            image: one or many, uint8 or float32 in [-1, 1], (H, W, C).
+            mask: (H, W) for all or (n, H, W): bool, {0, 1} or {0, 255}, not 0 where pixels are to
+                be painted. All others are returned as they came.
+            **arguments: see `restore`.
+        """
+        return self.restore(image, Mask(mask), **arguments)
+
+    def upscale(self, image: Any, factor: int, **arguments: Any) -> Array:
+        """Larger images whose means over blocks of factor x factor pixels are the given ones.
+
+        Args:
+            image: one or many, uint8 or float32 in [-1, 1], (H / factor, W / factor, C).
+            factor: 2 or more.
+            **arguments: see `restore`.
+        """
+        return self.restore(image, AveragePool(factor), **arguments)
+
+    def colorize(self, image: Any, **arguments: Any) -> Array:
+        """Colour images whose gray is the given one, for models of RGB images.
+
+        Args:
+            image: one or many, uint8 or float32 in [-1, 1], (H, W) or (H, W, 1).
+            **arguments: see `restore`.
+        """
+        return self.restore(image, Grayscale(), **arguments)
+
+    def vary(self, image: Any, strength: float = 0.5, **arguments: Any) -> Array:
+        """Variations of images, by noise and its removal (SDEdit).
+
+        Args:
+            image: one or many, uint8 or float32 in [-1, 1], (H, W, C).
+            strength: 0 = the image itself .. 1 = independent of it.
+            **arguments: see `run`.
+        """
+        return self.sample(task=Vary(image, strength), **arguments)
+
+    def invert(
+        self,
+        image: Any,
+        *,
+        steps: int | None = None,
+        spacing: str | Sequence[int] = "trailing",
+        label: Label | Sequence[Label] = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        batch: int | None = None,
+        callback: Callback | None = None,
+        deadline_ms: float | None = None,
+    ) -> Float32:
+        """The latents that DDIM makes these images of, float32 (n, C, H, W).
+
+        `sample(latents=..., sampler="ddim", clip=None)` with the same steps, spacing, label and
+        guidance leads back to about the images. Draws nothing.
+
+        Args:
+            image: one or many, uint8 or float32 in [-1, 1], (H, W, C).
+            steps: 1..T; None = 100, or T where that is less.
+            spacing: see `plan`.
+            label: see `run`.
+            guidance: see `run`.
+            guidance_interval: see `run`.
+            batch: see `run`.
+            callback: see `run`. If it stops, what is left is done in a single step, and batches
+                that have not begun are left out.
+            deadline_ms: see `run`; it stops as the callback does.
+        """
+        return self._invert(
+            from_images(image, self.sample_shape),
+            steps,
+            callback,
+            spacing=spacing,
+            label=label,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            batch=batch,
+            deadline_ms=deadline_ms,
+        )
+
+    def interpolate(
+        self,
+        a: Any,
+        b: Any,
+        n: int = 8,
+        *,
+        steps: int | None = None,
+        label: Label | Sequence[Label] = None,
+        sampler: str = "ddim",
+        clip: float | str | None = None,
+        dtype: str = "uint8",
+        deadline_ms: float | None = None,
+        **arguments: Any,
+    ) -> Array:
+        """Images from a to b: spherical between their latents, sampled by a deterministic sampler.
+
+        Args:
+            a: an image, uint8 or float32 in [-1, 1], (H, W, C); the first of the result.
+            b: another one; the last of the result.
+            n: how many with both, >= 2.
+            steps: of the inversion and of the sampling, see `invert`.
+            label: see `run`; the first and the last are those of a and b.
+            sampler: see `plan`; one that draws no noise.
+            clip: see `plan`.
+            dtype: see `run`.
+            deadline_ms: see `run`; inversion may take half of it.
+            **arguments: see `run`.
+        """
+        start = time.perf_counter()
+        n = checks.whole("n", n, least=2)
+        ends = np.concatenate([self._one_state(a, "a"), self._one_state(b, "b")])
+        labels: Any = label if is_many(label) else [label]
+        shared = {k: arguments[k] for k in ("guidance", "guidance_interval") if k in arguments}
+        latents = self._invert(
+            ends,
+            steps,
+            label=[labels[0], labels[-1]],
+            deadline_ms=None if deadline_ms is None else deadline_ms / 2,
+            **shared,
+        )
+        if deadline_ms is not None:
+            deadline_ms = max(1e-3, deadline_ms - (time.perf_counter() - start) * 1e3)
+        images = self.sample(
+            latents=slerp(latents[0], latents[1], n),
+            label=label,
+            sampler=sampler,
+            steps=self._inversion_steps(steps),
+            clip=clip,
+            dtype=dtype,
+            deadline_ms=deadline_ms,
+            **arguments,
+        )
+        first, last = to_images(ends, dtype)
+        images[0] = first
+        if len(images) == n:
+            images[-1] = last
+        return images
 
     # How it is done
 
-    def _request(
+    def _one_state(self, image: Any, name: str) -> Float32:
+        """One image as a state, float32 (1, C, H, W)."""
+        states = from_images(image, self.sample_shape, name)
+        if len(states) != 1:
+            raise ConfigError(f"{name} must be one image; got {len(states)}")
+        return states
+
+    def _inversion_steps(self, steps: int | None) -> int:
+        return min(INVERSION_STEPS, self.schedule.T) if steps is None else steps
+
+    def _invert(
         self,
-        n: int,
-        label: Label | Sequence[Label],
-        guidance: float | None,
-        sampler: str | None,
+        states: Float32,
         steps: int | None,
-        seed: int | None,
-        first: int,
-        batch: int,
-        options: dict[str, Any],
-    ) -> _Request:
-        """The checked form of a call's arguments."""
-        self._open()
-        n = checks.whole("n", n)
-        labels = self._labels(label, n)
-        if guidance is not None:
-            if labels is None or label is None:
-                raise ConfigError("guidance needs a label; give label=, or leave guidance out")
-            if not np.isfinite(checks.number("guidance", guidance)):
-                raise ConfigError(f"guidance must be a finite number; got {guidance!r}")
-            if guidance != 1.0 and self.bundle.manifest.null_label is None:
-                raise ConfigError(
-                    f"guidance {guidance:g} needs what the model {self.bundle.manifest.name!r} "
-                    "answers without a label, and it knows no images without one; leave guidance "
-                    "out"
-                )
-        return _Request(
-            n=n,
-            labels=labels,
-            guidance=None if guidance == 1.0 else guidance,
-            plan=self.plan(sampler, steps, **options),
-            seed=noise.check_seed(seed),
-            first=checks.whole("first", first, least=0, most=checks.MOST - n),
-            batch=checks.whole("batch", batch),
+        callback: Callback | None = None,
+        spacing: str | Sequence[int] = "trailing",
+        **arguments: Any,
+    ) -> Float32:
+        """The latents of states at t = 0; float32 (n, C, H, W)."""
+        if isinstance(spacing, str):
+            steps = self._inversion_steps(steps)
+        plan = inversion(self.schedule, steps, spacing)
+        network = self._open()
+        arguments["batch"] = arguments.get("batch") or MAX_BATCH
+        request = Request.of(
+            self.bundle.manifest, None, latents=states, plan=lambda _: plan, seed=0, **arguments
+        )
+        return np.concatenate(
+            [_last_latents(made, plan) for made in request.made(network, callback)]
         )
 
-    def _labels(self, label: Any, n: int) -> Labels:
-        """int64 (n,) for the network, or None where it takes no label."""
-        manifest = self.bundle.manifest
-        if not manifest.class_names:
-            if label is not None:
-                raise ConfigError(
-                    f"the model {manifest.name!r} was trained without labels; leave label out"
-                )
-            return None
-        many = isinstance(label, (list, tuple, range)) or (
-            isinstance(label, np.ndarray) and label.ndim == 1
-        )
-        labels = list(label) if many else [label] * n
-        if len(labels) != n:
-            raise ConfigError(f"got {len(labels)} labels for n = {n} images; give one or n of them")
-        return np.array([manifest.label_number(value) for value in labels], np.int64)
+    def _plan_from(
+        self, known: Known, sampler: str | None, steps: int | None, options: dict[str, Any]
+    ) -> Plan:
+        """The plan from where a task begins."""
+        whole = self.plan(sampler, steps, **options)
+        if known.strength == 1.0:
+            return whole
+        if known.strength == 0.0:
+            return Plan.empty("none()")
+        start = max(1, round(known.strength * self.schedule.T))
+        return self.bundle.manifest.make_plan(start, sampler=sampler, steps=steps, **options)
 
     def _open(self) -> Network:
         if os.getpid() != self._pid:
@@ -372,38 +528,12 @@ class Generator:
         return self._network
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A checked call."""
-
-    n: int
-    labels: Labels
-    guidance: float | None
-    plan: Plan
-    seed: int
-    first: int
-    batch: int
-
-    def chunks(self) -> list[range]:
-        """The sample indices of each batch."""
-        end = self.first + self.n
-        return [range(i, min(i + self.batch, end)) for i in range(self.first, end, self.batch)]
-
-    def states(self, network: Network, chunk: range) -> Iterator[State]:
-        """The loop over one chunk of samples."""
-        part = slice(chunk.start - self.first, chunk.stop - self.first)
-        labels = None if self.labels is None else self.labels[part]
-        return sample_states(network, self.plan, self.seed, chunk, labels, self.guidance)
-
-    def step(self, state: State, chunk: range) -> Step:
-        """The public form of the loop's state."""
-        rows = len(self.plan)
-        before = (chunk.start - self.first) // self.batch * rows
-        return Step(
-            index=before + state.index,
-            total=-(-self.n // self.batch) * rows,
-            t=state.t,
-            first=chunk.start,
-            x=state.x.copy(),
-            x0=state.x0(),
-        )
+def _last_latents(made: Made, plan: Plan) -> Float32:
+    """Where an inversion ended, or would end in one more step from where it was stopped."""
+    if made.whole or made.state is None:
+        return np.array(made.x)
+    i = made.state.index
+    a = float(plan.signal[-1] / plan.signal[i])
+    eps: Array = made.state.m
+    latents: Array = a * made.x + float(plan.noise[-1] - a * plan.noise[i]) * eps
+    return latents

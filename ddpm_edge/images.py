@@ -5,12 +5,105 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ddpm_edge.arrays import Array
-from ddpm_edge.errors import ConfigError
+from ddpm_edge import checks
+from ddpm_edge.arrays import Array, Bool, Float32
+from ddpm_edge.errors import ConfigError, warn
 from ddpm_edge.files import write_bytes
+
+ROUNDING = 1e-3  # how far outside [-1, 1] a float image may be
+
+
+class ImageWarning(UserWarning):
+    """Images that are in range, but hardly as they were meant."""
+
+
+def from_images(images: Any, shape: tuple[int, ...], name: str = "image") -> Float32:
+    """Images as states (n, C, H, W), float32 in [-1, 1]; the inverse of `to_images`.
+
+    Args:
+        images: one or many, uint8 or floats in [-1, 1]: (H, W, C) or (n, H, W, C), without C where
+            it is 1.
+        shape: (C, H, W) that they must have.
+        name: what they are called in messages.
+
+    Raises:
+        ConfigError: another shape, dtype or range.
+
+    Warns:
+        ImageWarning: floats without any below 0, which look like [0, 1].
+    """
+    channels, height, width = shape
+    values = np.asarray(images)
+    one = (height, width, channels)
+    if channels == 1 and values.shape[-3:] != one and values.shape[-2:] == one[:2]:
+        values = values[..., None]
+    if values.shape[-3:] != one or values.ndim not in (3, 4) or not values.size:
+        raise ConfigError(
+            f"{name} must be {one} (height, width, channels), or (n, {height}, {width}, "
+            f"{channels}) for several; got {np.shape(images)}: crop or resize it"
+        )
+    values = values.reshape(-1, *one).transpose(0, 3, 1, 2)
+    if values.dtype == np.uint8:
+        return np.asarray(values / 127.5 - 1.0, np.float32, order="C")
+    if values.dtype.kind != "f":
+        raise ConfigError(
+            f"{name} must be uint8, or float32 in [-1, 1]; got {values.dtype}: convert it with "
+            ".astype(np.uint8) if its values are 0..255"
+        )
+    least, most = float(values.min()), float(values.max())
+    if not (least >= -1 - ROUNDING and most <= 1 + ROUNDING):  # NaN is neither
+        bytes_ = least >= 0 and most <= 255
+        remedy = "these look like [0, 255]: give uint8, or x / 127.5 - 1" if bytes_ else "scale it"
+        raise ConfigError(
+            f"{name} must be uint8, or float32 in [-1, 1]; got {values.dtype} in [{least:g}, "
+            f"{most:g}]: {remedy}"
+        )
+    if least >= 0:
+        warn(
+            f"{name} is {values.dtype} in [{least:g}, {most:g}], which looks like [0, 1]; images "
+            "are in [-1, 1]: give 2 x - 1 if so, or uint8",
+            ImageWarning,
+        )
+    return np.ascontiguousarray(values.clip(-1, 1), np.float32)
+
+
+def to_mask(mask: Any) -> Bool:
+    """Masks (n, H, W), True where pixels are to be painted.
+
+    Args:
+        mask: (H, W) or (n, H, W), also with a last axis of 1: bool, {0, 1} or {0, 255}.
+
+    Raises:
+        ConfigError: other values or shapes, or a mask that is empty or full.
+    """
+    values = np.asarray(mask)
+    if values.ndim in (3, 4) and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim not in (2, 3) or not values.size:
+        raise ConfigError(
+            f"a mask must be (height, width), or (n, height, width) for one an image; got "
+            f"{np.shape(mask)}"
+        )
+    if values.dtype.kind not in "biuf" or not (
+        np.isin(values, (0, 1)).all() or np.isin(values, (0, 255)).all()
+    ):
+        kinds = np.unique(values)[:5] if values.dtype.kind in "biuf" else values.dtype
+        raise ConfigError(
+            "a mask must hold bools, 0 and 1, or 0 and 255 (not 0 where pixels are to be painted); "
+            f"got {values.dtype} with {checks.shown(kinds)}: threshold it"
+        )
+    painted: Bool = values.reshape(-1, *values.shape[-2:]) != 0
+    for i, one in enumerate(painted):
+        which = "the mask" if len(painted) == 1 else f"mask {i}"
+        if not one.any():
+            raise ConfigError(f"{which} is empty, nothing would be painted; set pixels to 1 or 255")
+        if one.all():
+            raise ConfigError(f"{which} is full, no pixel would be known; use sample, or vary")
+    return painted
 
 
 def to_images(x: Array, dtype: str = "uint8") -> Array:

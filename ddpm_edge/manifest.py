@@ -98,16 +98,29 @@ class Manifest:
             "timestep_offset": str(self.timestep_offset),
         }
 
-    def make_plan(
-        self, sampler: str | None = None, steps: int | None = None, **options: Any
-    ) -> Plan:
-        """The default plan, or what the arguments make of it (see `Generator.plan`)."""
-        given = {"sampler": sampler, "steps": steps}
-        given = options | {name: value for name, value in given.items() if value is not None}
+    def make_plan(self, start: int | None = None, /, **given: Any) -> Plan:
+        """The default plan, or what the arguments make of it (see `Generator.plan`).
+
+        Args:
+            start: the timestep to begin at, 1..T; None = T. Steps, or listed timesteps, that are
+                more than there are from there fall away.
+            **given: sampler, steps and the sampler's options; a sampler or steps of None are not
+                given.
+        """
+        given = {k: v for k, v in given.items() if v is not None or k not in ("sampler", "steps")}
         arguments = override(self.plan, given)
         if arguments.get("sampler") == "ddpm":
             arguments.setdefault("variance", self.variance)
-        return make_plan(self.schedule, arguments.pop("sampler", None), **arguments)
+        chosen = arguments.pop("sampler", None)
+        plan = make_plan(self.schedule, chosen, **arguments)  # which checks the arguments as well
+        if start is None or start == self.schedule.T:
+            return plan
+        if not isinstance(arguments.get("spacing", ""), str):
+            listed = [t for t in arguments["spacing"] if t <= start] or [start]
+            arguments = arguments | {"spacing": listed, "steps": None}
+        elif arguments.get("steps") is not None:
+            arguments["steps"] = min(arguments["steps"], start)
+        return make_plan(self.schedule.until(start), chosen, **arguments)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON of bundle.json, without files and digest."""

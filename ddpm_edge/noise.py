@@ -33,7 +33,8 @@ class Stream(IntEnum):
 
     START = 0
     STEP = 1
-    LANGEVIN = 3  # 2 is kept for restoration
+    TRAVEL = 2
+    LANGEVIN = 3
 
 
 def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int) -> Float32:
@@ -75,6 +76,11 @@ class Draws:
             rows = range(row, row + self.ahead)
             block = self._blocks[stream] = dict(zip(rows, self.rows(stream, rows), strict=True))
         return block[row]
+
+    def prior(self) -> Float32:
+        """What the samples start from; float32 (B, ...)."""
+        draws: Float32 = self.rows(Stream.START, range(1))[0]
+        return draws
 
     def rows(self, stream: Stream, rows: range) -> Float32:
         """The draws for several rows; float32 (len(rows), B, ...)."""

@@ -28,6 +28,9 @@ PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
 CLIP_RANGE = (1e-30, 1e30)  # of a limit: far inside what float32 holds
 PREDICTIONS = ("eps", "x0", "v", "velocity")
 
+Draw = Callable[[Stream, int], Array]
+Impose = Callable[[Array, int], None]
+
 
 class Clip(NamedTuple):
     """How far a predicted x0 may go.
@@ -123,9 +126,9 @@ class Plan:
                 object.__setattr__(self, name, value)
         checks.choice("a plan's form", self.form, FORMS)
         Clip.parse(self.clip)
-        if n < 1 or any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
-            raise ConfigError(f"plan {self.name}: all columns must have the same length >= 1")
-        asks_first = self.evaluate[self.restart].all() and self.evaluate[0]
+        if any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
+            raise ConfigError(f"plan {self.name}: all columns must have the same length")
+        asks_first = self.evaluate[self.restart].all() and self.evaluate[:1].all()
         if not (asks_first and self.b.shape[1] and (self.evaluate.all() or self.form == "x0")):
             raise ConfigError(
                 f"plan {self.name}: the first row and every restart must ask the network, b needs "
@@ -156,6 +159,12 @@ class Plan:
         """How often the network is asked."""
         return int(self.evaluate.sum())
 
+    @classmethod
+    def empty(cls, name: str) -> Plan:
+        """A plan without rows: what it starts from is the sample."""
+        none = np.empty(0)
+        return cls(name, "x0", none.astype(np.int64), none, none, none, none.reshape(0, 1), none)
+
     def tail(self, rows: int) -> Plan:
         """The last rows of a plan without history; they draw the noise that they always do."""
         if self.b.shape[1] > 1:
@@ -165,13 +174,17 @@ class Plan:
         part: dict[str, Any] = {name: array[-rows:] for name, array in self._arrays().items()}
         return replace(self, name=f"{self.name}.tail({rows})", **part)
 
-    def rows(self, prediction: str) -> list[Row]:
+    def rows(self, prediction: str, form: str | None = None) -> list[Row]:
         """The rows for a network that answers `prediction`: one of PREDICTIONS.
+
+        Args:
+            prediction: what the network answers.
+            form: what `from_x` and `from_answer` lead to; None = the plan's form.
 
         Raises:
             ConfigError: an unknown prediction, or one that does not tell x0 where no signal is.
         """
-        form = self.form if self.clip is None else "x0"
+        form = self.form if form is None else form
         from_x, from_answer = prediction_to_form(prediction, form, self.signal, self.noise)
         columns = zip(
             self.t.tolist(),
@@ -212,7 +225,7 @@ class Row(NamedTuple):
     t: int
     evaluate: bool
     restart: bool
-    from_x: float  # from_x x + from_answer (the network's answer) is m; with a clip it is x0
+    from_x: float  # from_x x + from_answer (the network's answer) is m, or x0
     from_answer: float
     signal: float
     noise: float
@@ -288,8 +301,9 @@ def run_plan(
     plan: Plan,
     x: Array,
     ask: Callable[[Array, int], Array],
-    draw: Callable[[Stream, int], Array],
+    draw: Draw,
     prediction: str = "eps",
+    impose: Impose | None = None,
 ) -> Iterator[State]:
     """Run a plan from x, yielding after every row; the last state's x is the sample.
 
@@ -300,6 +314,7 @@ def run_plan(
         ask: the network's answer (B, ...) for (x, t).
         draw: the normal draws of (stream, row number), of x's shape.
         prediction: what the network answers, one of PREDICTIONS.
+        impose: changes the x0 (B, ...) of row number i, clipped, in place: what is known of it.
 
     Raises:
         ConfigError: see `Plan.rows`.
@@ -310,8 +325,9 @@ def run_plan(
     x_next, scratch = np.empty_like(x), np.empty_like(x)
     history: list[Array] = []
     spare = [np.empty_like(x) for _ in range(plan.b.shape[1])]
-    clipped = np.empty_like(x) if plan.form == "eps" and clip is not None else None
-    for i, row in enumerate(plan.rows(prediction)):
+    on_x0 = clip is not None or impose is not None
+    changed = np.empty_like(x) if plan.form == "eps" and on_x0 else None
+    for i, row in enumerate(plan.rows(prediction, "x0" if on_x0 else None)):
         if row.restart:
             spare, history = spare + history, []
         if row.evaluate:
@@ -325,8 +341,10 @@ def run_plan(
                 m += np.multiply(x, row.from_x, out=scratch)
             if clip is not None:
                 clip(m)
-            if clipped is not None:  # eps = (x - signal x0) / noise
-                np.copyto(clipped, m)
+            if impose is not None:
+                impose(m, i)
+            if changed is not None:  # eps = (x - signal x0) / noise
+                np.copyto(changed, m)
                 np.multiply(m, -row.signal / row.noise, out=m)
                 m += np.multiply(x, 1.0 / row.noise, out=scratch)
             history.insert(0, m)
@@ -337,7 +355,7 @@ def run_plan(
         if row.s:
             x_next += np.multiply(draw(row.stream, row.number), row.s, out=scratch)
         x, x_next = x_next, x
-        seen = history[0] if plan.form == "x0" else clipped
+        seen = history[0] if plan.form == "x0" else changed
         yield State(i, row.t, x, x_next, history[0], seen, plan)
 
 

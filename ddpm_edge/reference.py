@@ -100,7 +100,7 @@ class Reference:
     def answers_of(self, network: Network, batch: int) -> Array:
         """The network's answer to each question, computed in a batch of this size."""
         shape = (len(self.t), *network.manifest.sample_shape)
-        x = noise.Draws(self.seed, 0, shape).rows(noise.Stream.START, range(1))[0]
+        x = noise.Draws(self.seed, 0, shape).prior()
         out = []
         for i, t in enumerate(self.t.tolist()):
             xs = np.repeat(x[i : i + 1], batch, axis=0)

@@ -5,18 +5,38 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from ddpm_edge import noise
-from ddpm_edge.arrays import Array, Int64
+from ddpm_edge.arrays import Array, Float32, Int64
 from ddpm_edge.errors import BundleError, OutOfMemoryError
 from ddpm_edge.manifest import Manifest
-from ddpm_edge.noise import Stream
 from ddpm_edge.plan import Plan, State, run_plan
+from ddpm_edge.restoration import Measurement
 from ddpm_edge.runtimes.base import Engine
 
 Labels = Int64 | None
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance of a batch (Ho and Salimans 2022).
+
+    Attributes:
+        scale: of eps_u + scale (eps_c - eps_u) for each sample; 1 = plain conditioning;
+            float32 (B,).
+        interval: the first and the last timestep, low <= high, at which it acts (Kynkaanniemi et
+            al. 2024); elsewhere the network is asked with the labels alone.
+    """
+
+    scale: Float32
+    interval: tuple[int, int]
+
+    def at(self, t: int) -> Float32 | None:
+        """The scales at timestep t; None where it does not act."""
+        low, high = self.interval
+        return self.scale if low <= t <= high else None
 
 
 class Network:
@@ -51,23 +71,27 @@ class Network:
         with self._one_at_a_time:
             self.engine.close()
 
-    def __call__(self, x: Array, t: int, labels: Labels, guidance: float | None = None) -> Array:
+    def __call__(self, x: Array, t: int, labels: Labels, scale: Float32 | None = None) -> Array:
         """The answer (B, C, H, W), float32.
 
         Args:
             x: float32 (B, C, H, W).
             t: timestep in 1..T, the same for all.
             labels: int64 (B,), or None where the model takes no label (or for no label).
-            guidance: scale of classifier-free guidance; None = labels as they are.
+            scale: of guidance, float32 (B,); None = labels as they are. Samples of scale 1 and
+                those without a label are not asked about twice.
         """
         if labels is None:
             labels = self.no_label(len(x))
-        if guidance is None or labels is None:
+        if scale is None or labels is None:
             return self._evaluate(x, t, labels)
-        without = self.no_label(len(x))
-        both = self._evaluate(np.concatenate([x, x]), t, np.concatenate([without, labels]))
-        eps_u, eps_c = both[: len(x)], both[len(x) :]
-        answer: Array = eps_u + float(guidance) * (eps_c - eps_u)
+        guided = np.flatnonzero((scale != 1) & (labels != self.manifest.null_label))
+        no_label = labels[:0] if not len(guided) else self.no_label(len(guided))
+        both = self._evaluate(np.concatenate([x, x[guided]]), t, np.concatenate([labels, no_label]))
+        answer, without = both[: len(x)], both[len(x) :]
+        # eps_u + scale (eps_c - eps_u), from the side that leaves scale 1 as it is
+        push = (scale[guided] - 1).reshape(-1, 1, 1, 1)
+        answer[guided] += push * (answer[guided] - without)
         return answer
 
     def no_label(self, count: int) -> Labels:
@@ -95,8 +119,9 @@ def sample_states(
     seed: int,
     samples: range,
     labels: Labels = None,
-    guidance: float | None = None,
+    guidance: Guidance | None = None,
     start: Array | None = None,
+    measurement: Measurement | None = None,
 ) -> Iterator[State]:
     """Run a plan for the samples of these indices, yielding after every row.
 
@@ -106,8 +131,9 @@ def sample_states(
         seed: of all draws; sample i depends on (seed, i) only.
         samples: indices of the samples in the batch, consecutive.
         labels: int64 (len(samples),) or None.
-        guidance: see `Network`.
+        guidance: see `Guidance`.
         start: state to start from, float32 (B, C, H, W), left as it is; None = the prior's draw.
+        measurement: what is imposed on every predicted x0.
 
     Raises:
         NonFiniteError: the network answered with NaN or infinity.
@@ -115,12 +141,13 @@ def sample_states(
     """
 
     def ask(x: Array, t: int) -> Array:
-        return network(x, t, labels, guidance)
+        return network(x, t, labels, None if guidance is None else guidance.at(t))
 
     with enough_memory(len(samples)):
         draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
-        x = draws.rows(Stream.START, range(1))[0] if start is None else np.copy(start)
-        yield from run_plan(plan, x, ask, draws, network.manifest.prediction)
+        x = draws.prior() if start is None else np.copy(start)
+        impose, draw = (None, draws) if measurement is None else measurement.along(plan, draws)
+        yield from run_plan(plan, x, ask, draw, network.manifest.prediction, impose)
 
 
 @contextlib.contextmanager

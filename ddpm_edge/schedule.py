@@ -167,6 +167,16 @@ class Schedule:
         )  # fmt: skip
         return schedule
 
+    def until(self, t: int) -> Schedule:
+        """The first t timesteps, 1..T: what sampling has before it that begins at x_t."""
+        t = checks.whole("t", t, most=self.T, error=ScheduleError)
+        part = Schedule.__new__(Schedule)
+        names = ("beta", "alpha", "alpha_bar", "signal", "noise")
+        part._hold(
+            {**self._definition, "until": t}, **{n: getattr(self, n)[: t + 1].copy() for n in names}
+        )
+        return part
+
     # The forward process
 
     def q_sample(self, x0: Array, t: ArrayLike, eps: Array) -> Array:
@@ -224,6 +234,7 @@ class Schedule:
         make = RULES.get(rule) if isinstance(rule, str) else None
         if make is None:
             raise ScheduleError(f"schedule {checks.unknown('rule', rule, RULES)}")
+        until = arguments.pop("until", None)
         known = inspect.signature(make).parameters
         for name in arguments:
             if name not in known:
@@ -232,7 +243,8 @@ class Schedule:
                 )
         if rule == "betas" and "betas" not in arguments:
             raise ScheduleError("schedule rule 'betas' needs its list of betas")
-        return make(**arguments)
+        whole = make(**arguments)
+        return whole if until is None else whole.until(until)
 
     def __repr__(self) -> str:
         details = ", ".join(

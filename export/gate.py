@@ -64,7 +64,7 @@ def _comparisons(
         plan = plan.tail(min(TAIL, schedule.T))
         what = f"Algorithm 2, last {len(plan)} steps"
         draws = noise.Draws(reference.seed, len(reference.images), reference.images.shape)
-        eps = draws.rows(noise.Stream.START, range(1))[0]
+        eps = draws.prior()
         start = schedule.q_sample(reference.images, int(plan.t[0]), eps).astype(np.float32)
     ours, theirs = (reference.images_of(which, plan, start) for which in (network, torchs))
     yield compare(what, ours, theirs, IMAGE_TOLERANCE)

@@ -52,8 +52,11 @@ def test_variance_is_what_ddpm_takes_by_default(tmp_path: Path) -> None:
     manifest = replace(MANIFEST_OF_TWO, variance="beta-tilde")
     read = write_bundle(tmp_path / "b", manifest, {"unet.onnx": b"model"}).manifest
     assert read.make_plan().name == "ddim(steps=5, eta=0)"  # has no such option
-    assert read.make_plan("ddpm", 5).name == "ddpm(steps=5, variance=beta-tilde)"
-    assert read.make_plan("ddpm", 200, variance="beta").name == "ddpm(steps=200, variance=beta)"
+    assert read.make_plan(sampler="ddpm", steps=5).name == "ddpm(steps=5, variance=beta-tilde)"
+    assert (
+        read.make_plan(sampler="ddpm", steps=200, variance="beta").name
+        == "ddpm(steps=200, variance=beta)"
+    )
     assert Bundle.open().manifest.variance == "beta"  # of a bundle without the field
     stored = replace(manifest, plan={"sampler": "ddpm", "steps": 200, "variance": "beta"})
     assert stored.make_plan().name == "ddpm(steps=200, variance=beta)"

@@ -152,7 +152,7 @@ def test_ddpm_pipeline(plain: tuple[Any, Path, str], variance: str | None, kind:
     generator, noises = draws(1 + T)
     images = pipeline(N, generator, T, output_type="np").images.transpose(0, 3, 1, 2) * 2 - 1
     options = {} if variance is None else {"variance": variance}  # None: what was imported
-    plan = Bundle.open(path).manifest.make_plan("ddpm", **options)
+    plan = Bundle.open(path).manifest.make_plan(sampler="ddpm", **options)
     assert len(plan) == T
     assert difference(ours(path, plan, noises), images) <= IMAGE_TOLERANCE
     assert difference(ours(path, plan, noises, offset=0), images) > 10 * IMAGE_TOLERANCE
@@ -167,7 +167,7 @@ def test_ddim_pipeline(plain: tuple[Any, Path, str], eta: float) -> None:
     images = pipeline(
         N, generator, eta, 10, use_clipped_model_output=True, output_type="np"
     ).images.transpose(0, 3, 1, 2) * 2 - 1  # fmt: skip
-    plan = Bundle.open(path).manifest.make_plan("ddim", 10, eta=eta)
+    plan = Bundle.open(path).manifest.make_plan(sampler="ddim", steps=10, eta=eta)
     assert difference(ours(path, plan, noises), images) <= IMAGE_TOLERANCE
 
 
@@ -178,12 +178,14 @@ def test_class_conditional(conditional: tuple[Any, Path, str], label: list[int])
     _, noises = draws(1 + T)
     scheduler = pipeline.scheduler
     images = theirs(pipeline.unet, scheduler, T, labels)
-    assert difference(ours(path, manifest.make_plan("ddpm"), noises, labels), images) <= 1e-3
-    others = ours(path, manifest.make_plan("ddpm"), noises, labels[::-1].copy())
+    assert (
+        difference(ours(path, manifest.make_plan(sampler="ddpm"), noises, labels), images) <= 1e-3
+    )
+    others = ours(path, manifest.make_plan(sampler="ddpm"), noises, labels[::-1].copy())
     assert difference(others, images) > 0.01  # labels matter
     ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
     images = theirs(pipeline.unet, ddim, 10, labels, eta=0.5, use_clipped_model_output=True)
-    plan = manifest.make_plan("ddim", 10, eta=0.5)
+    plan = manifest.make_plan(sampler="ddim", steps=10, eta=0.5)
     assert difference(ours(path, plan, noises, labels), images) <= IMAGE_TOLERANCE
 
 
@@ -193,14 +195,14 @@ def test_where_diffusers_ddim_differs(plain: tuple[Any, Path, str]) -> None:
     _, noises = draws(1)
     make_plan = Bundle.open(path).manifest.make_plan
     clipped = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-    plan = make_plan("ddim", 10)
+    plan = make_plan(sampler="ddim", steps=10)
     mixed = theirs(pipeline.unet, clipped, 10)
     assert difference(ours(path, plan, noises), mixed) > 0.1
     recomputed = theirs(pipeline.unet, clipped, 10, use_clipped_model_output=True)
     assert difference(ours(path, plan, noises), recomputed) <= IMAGE_TOLERANCE
     free = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     unclipped = theirs(pipeline.unet, free, 10)
-    got = ours(path, make_plan("ddim", 10, clip=None), noises)
+    got = ours(path, make_plan(sampler="ddim", steps=10, clip=None), noises)
     # x_T is divided by sqrt(alpha_bar_T) = 0.007: values of a hundred, float32 rounding of those
     assert np.abs(unclipped).max() > 10
     assert np.abs(got - unclipped).max() <= 1e-4 * np.abs(unclipped).max()

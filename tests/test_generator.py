@@ -99,9 +99,9 @@ def test_guidance_asks_both_halves_in_one_call() -> None:
     generator = Generator(Bundle.open(), engine, "fp32")
     *_, last = generator.stream(1, label=3, guidance=2.5, seed=1, steps=1, clip=None)
     (call,) = engine.calls
-    assert call["label"].tolist() == [10, 3]
+    assert call["label"].tolist() == [3, 10]
     assert (call["x"][0] == call["x"][1]).all()
-    without, with_label = np.tanh(call["x"] + 0.999 + np.array([1.0, 0.3])[:, None, None, None])
+    with_label, without = np.tanh(call["x"] + 0.999 + np.array([0.3, 1.0])[:, None, None, None])
     eps = without + 2.5 * (with_label - without)
     ab = generator.schedule.alpha_bar[1000]
     x0 = (call["x"][0] - np.sqrt(1 - ab) * eps) / np.sqrt(ab)
@@ -432,7 +432,7 @@ def _end_of(child: int, seconds: float) -> int:
         ({"label": True}, "no label True"),
         ({"n": 3, "label": [1, 2]}, "got 2 labels for n = 3 images; give one or n of them"),
         ({"guidance": 2.0}, "guidance needs a label"),
-        ({"label": 1, "guidance": float("nan")}, "guidance must be a finite number; got nan"),
+        ({"label": 1, "guidance": float("nan")}, "guidance must be a number in .*; got nan"),
         ({"first": 2**64}, "first must be a whole number <= "),
         ({"label": 1.5}, "no label 1.5; labels are 0 t-shirt"),
         ({"label": np.array(3)}, r"no label array\(3\)"),

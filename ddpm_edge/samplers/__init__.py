@@ -16,6 +16,7 @@ from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.dpm_solver import dpm, dpmpp
 from ddpm_edge.samplers.grid import SPACINGS, Grid, timesteps
+from ddpm_edge.samplers.inversion import inversion
 from ddpm_edge.samplers.ipndm import ipndm
 from ddpm_edge.samplers.one_step import (
     VARIANCES,
@@ -26,13 +27,14 @@ from ddpm_edge.samplers.one_step import (
     euler,
 )
 from ddpm_edge.samplers.predictor_corrector import pc
+from ddpm_edge.samplers.time_travel import time_travel
 from ddpm_edge.samplers.unipc import unipc
 from ddpm_edge.schedule import Schedule
 
 __all__ = [
     "DEFAULT_PLAN", "SAMPLERS", "SPACINGS", "VARIANCES", "Grid", "SamplerWarning", "consistency",
-    "ddim", "ddpm", "default_plan", "dpm", "dpmpp", "euler", "ipndm", "make_plan", "override",
-    "pc", "timesteps", "unipc",
+    "ddim", "ddpm", "default_plan", "dpm", "dpmpp", "euler", "inversion", "ipndm", "make_plan",
+    "override", "pc", "time_travel", "timesteps", "unipc",
 ]  # fmt: skip
 
 SAMPLERS: dict[str, Callable[..., Plan]] = {
@@ -73,21 +75,28 @@ def _listed(plan: Mapping[str, Any]) -> bool:
     return not isinstance(plan.get("spacing", ""), str)
 
 
-def make_plan(schedule: Schedule, /, sampler: str, **options: Any) -> Plan:
-    """The plan of the sampler called `sampler`.
+def make_plan(
+    schedule: Schedule,
+    /,
+    sampler: str,
+    travel_length: int = 1,
+    travel_repeat: int = 1,
+    **options: Any,
+) -> Plan:
+    """The plan of the sampler called `sampler`, with the time travel that any of them can do.
 
     Raises:
         ConfigError: no such sampler, an option that it does not have, or a bad value.
     """
     checks.choice("sampler", sampler, SAMPLERS)
-    known = _options(sampler)
+    known = [*_options(sampler), "travel_length", "travel_repeat"]
     for name in options:
         if name not in known:
             others = [other for other in SAMPLERS if name in _options(other)]
             hint = f"; that is an option of {', '.join(others)}" if others else ""
             unknown = checks.unknown(f"an option of sampler {sampler!r}", name, known)
             raise ConfigError(unknown + hint)
-    return SAMPLERS[sampler](schedule, **options)
+    return time_travel(SAMPLERS[sampler](schedule, **options), travel_length, travel_repeat)
 
 
 def _options(sampler: str) -> list[str]:

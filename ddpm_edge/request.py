@@ -1,0 +1,345 @@
+"""A call to the Generator, checked, and how its images are made batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_edge import checks, noise
+from ddpm_edge.arrays import Array, Float32
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.images import to_images
+from ddpm_edge.manifest import Manifest
+from ddpm_edge.plan import Plan, State
+from ddpm_edge.restoration import part_of
+from ddpm_edge.sampling import Guidance, Labels, Network, enough_memory, sample_states
+from ddpm_edge.tasks import Known, Task
+
+Label = int | str | None
+MAX_BATCH = 16  # samples in one engine call unless `batch` says otherwise
+DTYPES = ("uint8", "float32")
+MAX_SCALE = 1e6  # of guidance
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a running generation. The arrays are copies: keep them.
+
+    Attributes:
+        index: 0..total - 1.
+        total: steps of the whole call.
+        t: the timestep that the network was asked about.
+        first: index of the first sample in x.
+        x: the state after the step; float32 (n, C, H, W).
+        x0: what the step predicted of the final image; float32 (n, C, H, W). Of a `Restore` task it
+            agrees with what was measured, as the image will.
+    """
+
+    index: int
+    total: int
+    t: int
+    first: int
+    x: Array
+    x0: Array
+
+
+Callback = Callable[[Step], object]
+
+
+class Deadline:
+    """When a call must be done, in milliseconds from now; None = whenever."""
+
+    def __init__(self, milliseconds: float | None) -> None:
+        self.before = time.perf_counter()
+        self.end = np.inf
+        if milliseconds is not None:
+            if not 0.0 < checks.number("deadline_ms", milliseconds) < np.inf:
+                raise ConfigError(
+                    f"deadline_ms must be a number of milliseconds above 0; got {milliseconds!r}"
+                )
+            self.end = self.before + milliseconds / 1e3
+
+    def near(self) -> bool:
+        """Whether another step like the one since the last call would end after it."""
+        now = time.perf_counter()
+        step, self.before = now - self.before, now
+        return now + step > self.end
+
+
+class Made(NamedTuple):
+    """A batch that is done, or was stopped.
+
+    Attributes:
+        chunk: the samples' indices.
+        x: the state it ended with.
+        state: the last step's; None where the plan has no rows.
+        whole: whether nothing stopped it.
+    """
+
+    chunk: range
+    x: Array
+    state: State | None
+    whole: bool
+
+    @property
+    def x0(self) -> Array:
+        """The sample, or what was predicted of it so far."""
+        return self.x if self.whole or self.state is None else self.state.x0()
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A checked call.
+
+    Attributes:
+        n: samples.
+        labels: int64 (n,), or None where the model takes none.
+        guidance: of the n samples; None = labels as they are.
+        plan: what runs.
+        seed: of all draws.
+        first: index of the first sample.
+        batch: samples in one evaluation.
+        known: what is known of the images.
+        latents: what to start from instead of the prior's draws, float32 (n or 1, C, H, W).
+        sample_shape: (C, H, W).
+        deadline: when it must be done.
+    """
+
+    n: int
+    labels: Labels
+    guidance: Guidance | None
+    plan: Plan
+    seed: int
+    first: int
+    batch: int
+    known: Known
+    latents: Float32 | None
+    sample_shape: tuple[int, int, int]
+    deadline: Deadline
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        n: int | None,
+        *,
+        label: Label | Sequence[Label] = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[int, int] | None = None,
+        task: Task | None = None,
+        latents: Array | None = None,
+        plan: Callable[[Known], Plan],
+        seed: int | None = None,
+        first: int = 0,
+        batch: int | None = None,
+        deadline_ms: float | None = None,
+    ) -> Request:
+        """The checked form of a call's arguments (see `Generator.run`); `batch` None = all at once.
+
+        Raises:
+            ConfigError: an argument that cannot work.
+        """
+        deadline = Deadline(deadline_ms)
+        if task is not None and not hasattr(task, "known"):
+            raise ConfigError(f"task must be a Restore or a Vary; got {checks.shown(task)}")
+        known = Known() if task is None else task.known(manifest.sample_shape)
+        start = None if latents is None else _latents(latents, manifest.sample_shape)
+        counts = {"task": known.count, "latents": 1 if start is None else len(start)}
+        n = checks.whole("n", max(counts.values()) if n is None else n)
+        for name, count in counts.items():
+            if count not in (1, n):
+                raise ConfigError(
+                    f"got {count} images or states in {name} for n = {n}; give one, or n"
+                )
+        labels = label_numbers(manifest, label, n)
+        request = cls(
+            n=n,
+            labels=labels,
+            guidance=_guidance(manifest, labels, label, guidance, guidance_interval),
+            plan=plan(known),
+            seed=noise.check_seed(seed),
+            first=checks.whole("first", first, least=0, most=checks.MOST - n),
+            batch=n if batch is None else checks.whole("batch", batch),
+            known=known,
+            latents=start,
+            sample_shape=manifest.sample_shape,
+            deadline=deadline,
+        )
+        if known.measurement is not None:
+            known.measurement.check(request.plan)
+        return request
+
+    def chunks(self) -> list[range]:
+        """The sample indices of each batch."""
+        end = self.first + self.n
+        return [range(i, min(i + self.batch, end)) for i in range(self.first, end, self.batch)]
+
+    def part(self, chunk: range) -> slice:
+        """Where a chunk's samples are in the arrays of the call."""
+        return slice(chunk.start - self.first, chunk.stop - self.first)
+
+    def start(self, chunk: range) -> Float32:
+        """The states to start from; float32 (B, C, H, W).
+
+        The prior's draws or the latents; noised images where there are any.
+        """
+        shape = (len(chunk), *self.sample_shape)
+        with enough_memory(len(chunk)):
+            if self.latents is None:
+                z = noise.Draws(self.seed, chunk.start, shape).prior()
+            else:
+                z = np.array(np.broadcast_to(part_of(self.latents, self.part(chunk)), shape))
+            image, strength = self.known.image, self.known.strength
+            if image is None or strength == 1.0:  # x_T still has a trace of the image; z has none
+                return z
+            image = np.broadcast_to(part_of(image, self.part(chunk)), shape)
+            if not len(self.plan):
+                return np.array(image)
+            signal, noise_ = float(self.plan.signal[0]), float(self.plan.noise[0])
+            x: Float32 = signal * image + noise_ * z
+            return x
+
+    def made(self, network: Network, callback: Callback | None) -> Iterator[Made]:
+        """One batch after the other, until one is stopped or the next would come too late."""
+        for chunk in self.chunks():
+            x, state, asked, late = self.start(chunk), None, False, False
+            for state in self.states(network, chunk, x):
+                x = state.x
+                if callback is not None:
+                    answer = callback(self.step(state, chunk))
+                    asked = isinstance(answer, (bool, np.bool_)) and bool(answer)
+                late = self.deadline.near()
+                if asked or late:
+                    break
+            whole = not asked and (state is None or state.index + 1 == len(self.plan))
+            yield Made(chunk, x, state, whole)
+            if late or not whole:
+                return
+
+    def steps(self, network: Network, chunk: range) -> Iterator[Step]:
+        """Every step of one batch, as long as there is time."""
+        for state in self.states(network, chunk, self.start(chunk)):
+            yield self.step(state, chunk)
+            if self.deadline.near():
+                return
+
+    def states(self, network: Network, chunk: range, start: Float32) -> Iterator[State]:
+        """The loop over one chunk of samples."""
+        part = self.part(chunk)
+        measurement, guidance = self.known.measurement, self.guidance
+        return sample_states(
+            network,
+            self.plan,
+            self.seed,
+            chunk,
+            None if self.labels is None else self.labels[part],
+            None if guidance is None else guidance._replace(scale=guidance.scale[part]),
+            start,
+            None if measurement is None else measurement.part(part),
+        )
+
+    def step(self, state: State, chunk: range) -> Step:
+        """The public form of the loop's state."""
+        rows = len(self.plan)
+        before = (chunk.start - self.first) // self.batch * rows
+        last = state.index + 1 == rows
+        return Step(
+            index=before + state.index,
+            total=-(-self.n // self.batch) * rows,
+            t=state.t,
+            first=chunk.start,
+            x=self.finish(state.x, chunk) if last else state.x.copy(),
+            x0=self.finish(state.x0(), chunk),
+        )
+
+    def finish(self, x: Array, chunk: range) -> Array:
+        """States that agree with what was measured; a new array."""
+        measurement = self.known.measurement
+        return x.copy() if measurement is None else measurement.part(self.part(chunk)).finish(x)
+
+    def images(self, x: Array, chunk: range, dtype: str) -> Array:
+        """The images of these states (see `to_images`)."""
+        return to_images(self.finish(x, chunk), dtype)
+
+
+def label_numbers(manifest: Manifest, label: Any, n: int) -> Labels:
+    """int64 (n,) for the network, or None where it takes no label."""
+    if not manifest.class_names:
+        if label is not None:
+            raise ConfigError(
+                f"the model {manifest.name!r} was trained without labels; leave label out"
+            )
+        return None
+    labels = list(label) if is_many(label) else [label] * n
+    if len(labels) != n:
+        raise ConfigError(f"got {len(labels)} labels for n = {n} images; give one or n of them")
+    return np.array([manifest.label_number(value) for value in labels], np.int64)
+
+
+def _guidance(
+    manifest: Manifest, labels: Labels, label: Any, scale: Any, interval: Any
+) -> Guidance | None:
+    """The checked form of `guidance` and `guidance_interval`; None where nothing is to be done."""
+    if scale is None:
+        if interval is not None:
+            raise ConfigError("guidance_interval needs guidance; give its scale, such as 2.0")
+        return None
+    if labels is None or label is None:
+        raise ConfigError("guidance needs a label; give label=, or leave guidance out")
+    scales = list(scale) if is_many(scale) else [scale] * len(labels)
+    if len(scales) != len(labels):
+        raise ConfigError(
+            f"got {len(scales)} scales of guidance for n = {len(labels)} images; give one or n"
+        )
+    for value in scales:
+        if not abs(checks.number("guidance", value)) <= MAX_SCALE:
+            raise ConfigError(f"guidance must be a number in +-{MAX_SCALE:g}; got {value!r}")
+        if value != 1.0 and manifest.null_label is None:
+            raise ConfigError(
+                f"guidance {value:g} needs what the model {manifest.name!r} answers without a "
+                "label, and it knows no images without one; leave guidance out"
+            )
+    T = manifest.schedule.T
+    low, high = (1, T) if interval is None else _interval(interval, T)
+    array = np.array(scales, np.float32)
+    return None if (array == 1).all() else Guidance(array, (low, high))
+
+
+def _interval(interval: Any, T: int) -> tuple[int, int]:
+    """Two timesteps, the lower first."""
+    if not is_many(interval) or len(interval) != 2:
+        raise ConfigError(
+            f"guidance_interval must be two timesteps (low, high); got {checks.shown(interval)}"
+        )
+    low, high = (checks.whole("a timestep of guidance_interval", t, most=T) for t in interval)
+    if low > high:
+        raise ConfigError(
+            f"guidance_interval must be (low, high), low <= high; got ({low}, {high})"
+        )
+    return low, high
+
+
+def _latents(latents: Any, sample_shape: tuple[int, int, int]) -> Float32:
+    """States at T; float32 (n, C, H, W)."""
+    values = np.asarray(latents)
+    if values.shape[-3:] != sample_shape or values.ndim not in (3, 4) or not values.size:
+        raise ConfigError(
+            f"latents must be {sample_shape} (channels, height, width), or (n, ...) for several; "
+            f"got {values.shape}: images are (height, width, channels), use invert or vary for them"
+        )
+    if values.dtype.kind != "f" or not np.isfinite(values).all():
+        raise ConfigError(
+            f"latents must be finite floats, about standard normal; got {values.dtype}"
+        )
+    return values.reshape(-1, *sample_shape).astype(np.float32)
+
+
+def is_many(value: Any) -> bool:
+    """Whether a caller gave one for each sample: a list, a tuple, a range or an array."""
+    return isinstance(value, (list, tuple, range)) or (
+        isinstance(value, np.ndarray) and value.ndim == 1
+    )

@@ -1,0 +1,86 @@
+"""Time travel: go back and forth, so that what is imposed on x0 and what is not come to agree.
+
+RePaint (Lugmayr et al. 2022, section 4.2) goes back by adding noise and does the steps again; DDNM
+(Wang et al. 2022, section 3.4) does the same for any measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ddpm_edge import checks
+from ddpm_edge.errors import ConfigError
+from ddpm_edge.noise import Stream
+from ddpm_edge.plan import Plan
+from ddpm_edge.schedule import transition
+
+MAX_ROWS = 100_000
+
+
+def time_travel(plan: Plan, length: int, repeat: int) -> Plan:
+    """The plan with every stretch of `length` rows run `repeat` times, but for the last stretch.
+
+    Between two runs one row that does not ask the network takes the state back, by q(x_t | x_s).
+    History is forgotten there: a row that would look back further takes the step of order 1, all
+    its weights on its own answer.
+
+    Args:
+        plan: in form "x0".
+        length: rows of a stretch, 1 or more (RePaint's jump length).
+        repeat: how often each is run, 1 or more (RePaint's r); 1 = the plan as it is.
+
+    Raises:
+        ConfigError: another form, or more than 100,000 rows.
+    """
+    length, repeat = checks.whole("travel_length", length), checks.whole("travel_repeat", repeat)
+    if repeat == 1 or length >= len(plan):
+        return plan
+    if plan.form != "x0":
+        raise ConfigError(
+            f"time travel needs a sampler on x0, and {plan.name} is on {plan.form}; use dpmpp, "
+            "unipc, ddim or ddpm"
+        )
+    rows, total = len(plan), (len(plan) + 1) * repeat
+    if total > MAX_ROWS:
+        raise ConfigError(f"travel_repeat {repeat} makes more than {MAX_ROWS} rows; give less")
+    # Rows of the plan in the order they run; ~i is the way back from the state before row i.
+    order: list[int] = []
+    for first in range(0, rows, length):
+        stretch = list(range(first, min(first + length, rows)))
+        order += stretch
+        if stretch[-1] + 1 < rows:
+            order += [~stretch[-1] - 1, *stretch] * (repeat - 1)
+    visits = np.array(order)
+    back = visits < 0
+    at = np.where(back, ~visits, visits)
+    start = np.where(back, at - length, at)  # where the way back leads
+    factor, variance = transition(
+        plan.signal[start], plan.noise[start], plan.signal[at], plan.noise[at]
+    )
+    restart = np.append(True, back[:-1])
+    known = np.zeros(len(order), np.int64)  # answers since the last way back, with this row's own
+    for i in range(len(order)):
+        known[i] = 1 if restart[i] else known[i - 1] + (not back[i])
+    width = plan.b.shape[1]
+    depth = np.where(plan.b != 0, np.arange(width) + 1, 0).max(axis=1)[at]
+    b = plan.b[at]
+    short = depth > known
+    b[short] = 0.0
+    b[short, 0] = plan.b[at][short].sum(axis=1)
+    b[back] = 0.0
+    return replace(
+        plan,
+        name=f"{plan.name[:-1]}, travel_length={length}, travel_repeat={repeat})",
+        t=plan.t[at],
+        signal=plan.signal[at],
+        noise=plan.noise[at],
+        a=np.where(back, factor, plan.a[at]),
+        b=b,
+        s=np.where(back, np.sqrt(variance), plan.s[at]),
+        evaluate=plan.evaluate[at] & ~back,
+        restart=restart,
+        stream=np.where(back, Stream.TRAVEL, plan.stream[at]),
+        row=np.arange(len(order)),
+    )
