@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ddpm_edge import checks
-from ddpm_edge.arrays import Array, Bool, Float32
-from ddpm_edge.errors import ConfigError, warn
+from ddpm_edge.arrays import Array, Bool, Float32, UInt8
+from ddpm_edge.errors import ConfigError, DataError, warn
 from ddpm_edge.files import write_bytes
 
 ROUNDING = 1e-3  # how far outside [-1, 1] a float image may be
@@ -112,6 +112,30 @@ def to_images(x: Array, dtype: str = "uint8") -> Array:
     if dtype == "float32":
         return np.ascontiguousarray(x, np.float32)
     return np.ascontiguousarray(np.rint((x + 1.0) * 127.5).astype(np.uint8))
+
+
+def read_image(path: str | Path, channels: int = 3) -> UInt8:
+    """An image file, as its EXIF tag turns it, as uint8 (H, W, C); C = 1 (gray) or 3 (RGB).
+
+    Raises:
+        DataError: not an image, or one of 16 or more bits a channel.
+        OSError: the file cannot be opened.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with open(path, "rb") as file:
+        try:
+            image = ImageOps.exif_transpose(Image.open(file))
+            if image.mode[0] in "IF":
+                raise DataError(f"{path} has 16 or more bits a channel; convert it to 8")
+            array: UInt8 = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        except UnidentifiedImageError as error:
+            raise DataError(f"{path} is not an image of a format that Pillow reads") from error
+        except (OSError, SyntaxError, EOFError) as error:  # cut short, or damaged
+            raise DataError(f"{path} cannot be read as an image ({error})") from error
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{path} has more pixels than Pillow trusts; shrink it") from error
+    return array[:, :, None] if array.ndim == 2 else array
 
 
 def save_image(image: Array, path: str | Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ddpm_edge import Generator, files
+from ddpm_edge import Generator, files, save_image
 from ddpm_edge.bundle import BUILT_IN
 from ddpm_edge.cli import main
+from ddpm_edge.images import read_image
 
 QUICK = ["--steps", "2", "--seed", "5"]
 
@@ -65,6 +66,95 @@ def test_sample_options_reach_the_plan(tmp_path: Path) -> None:
     again = run("sample", "-n", 3, *options, "--seed", report["seed"], "-o", tmp_path / "b.npy")
     assert again.exit_code == 0
     assert (np.load(tmp_path / "a.npy") == np.load(tmp_path / "b.npy")).mean() > 0.999
+
+
+def test_one_image_is_written_as_it_is(tmp_path: Path, generator: Generator) -> None:
+    assert run("sample", "-n", 1, *QUICK, "-o", tmp_path / "one.png").exit_code == 0
+    expected = generator.sample(1, seed=5, steps=2)[0]
+    assert (read_image(tmp_path / "one.png", 1) == expected).all()
+
+
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """photo.png 28 x 28, small.png 14 x 14, mask.png, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 1), np.uint8)
+    mask = np.zeros((28, 28), np.uint8)
+    mask[8:18, 9:19] = 255
+    save_image(image, "photo.png")
+    save_image(mask, "mask.png")
+    save_image(image[::2, ::2], "small.png")
+    return image
+
+
+def test_inpaint(photo: np.ndarray, generator: Generator) -> None:
+    result = run("inpaint", "photo.png", "--mask", "mask.png", *QUICK, "-o", "out.png")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("out.png: 1 image, seed 5\n")
+    mask = read_image("mask.png", 1)[..., 0]
+    expected = generator.inpaint(photo, mask, seed=5, steps=2)[0]
+    assert (read_image("out.png", 1) == expected).all()
+    assert (expected[mask == 0] == photo[mask == 0]).all()
+    many = ["inpaint", "photo.png", "photo.png", "--mask", "mask.png", "--mask", "mask.png"]
+    guided = ["--label", "bag", "--guidance", 2, "--guidance-interval", 1, 500]
+    result = run(*many, *guided, *QUICK, "--json", "-o", "new")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["images"] == len(list(Path("new").iterdir())) == 2
+
+
+def test_upscale_and_vary(photo: np.ndarray, generator: Generator) -> None:
+    small = photo[::2, ::2]
+    result = run("upscale", "small.png", "-n", 3, "--travel-repeat", 2, *QUICK, "-o", "out.npy")
+    assert result.exit_code == 0, result.output
+    expected = generator.upscale(small, 2, n=3, seed=5, steps=2, travel_repeat=2)
+    assert (np.load("out.npy") == expected).all()
+    assert run("vary", "photo.png", "--strength", 0, "-o", "same.png").exit_code == 0
+    assert (read_image("same.png", 1) == photo).all()
+    assert run("vary", "photo.png", "-n", 2, *QUICK, "-o", "out.npy").exit_code == 0
+    assert (np.load("out.npy") == generator.vary(photo, 0.5, n=2, seed=5, steps=2)).all()
+
+
+def test_a_deadline_on_the_command_line(tmp_path: Path) -> None:
+    result = run("sample", "-n", 2, "--deadline-ms", 0.001, "-o", tmp_path / "a.png")
+    assert "stopped by the deadline" in result.output.splitlines()[0]
+    result = run("sample", "-n", 2, "--deadline-ms", 0.001, "--json", "-o", tmp_path / "a.png")
+    assert json.loads(result.output)["stopped"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inpaint", "photo.png"], 2, "Missing option '--mask'"),
+        (["inpaint", "--mask", "mask.png"], 2, "Missing argument 'IMAGES...'"),
+        (["inpaint", "photo.png", "--mask", "photo.png"], 2, "a mask must hold bools, 0 and 1"),
+        (["inpaint", "photo.png", "--mask", "small.png"], 2, "a mask must hold bools"),
+        (["inpaint", "small.png", "--mask", "mask.png"], 2, "got (1, 14, 14, 1): crop or resize"),
+        (["inpaint", "none.png", "--mask", "mask.png"], 1, "No such file or directory: 'none.png'"),
+        (["inpaint", "notes.txt", "--mask", "mask.png"], 1, "notes.txt is not an image of a forma"),
+        (["inpaint", "half.png", "--mask", "mask.png"], 1, "half.png cannot be read as an image"),
+        (
+            ["inpaint", "deep.png", "--mask", "mask.png"],
+            1,
+            "deep.png has 16 or more bits",
+        ),
+        (["vary", "photo.png", "small.png"], 2, "small.png is 14 x 14, but photo.png is 28 x 28"),
+        (["vary", "photo.png", "photo.png", "-n", "3"], 2, "got 2 images or states in task for n"),
+        (["vary", "photo.png", "--strength", "2"], 2, "strength must be in 0..1; got 2.0"),
+        (["upscale", "small.png", "--factor", "3"], 2, "factor 3 does not divide 28 x 28"),
+        (["upscale", "small.png", "--bundle", "none"], 1, "no bundle at none: no such directory"),
+    ],
+)
+def test_errors_of_images_from_images(
+    photo: np.ndarray, arguments: list[str], code: int, message: str
+) -> None:
+    Path("notes.txt").write_text("mine")
+    Path("half.png").write_bytes(Path("photo.png").read_bytes()[:300])
+    Image.fromarray(np.zeros((28, 28), np.uint16)).save("deep.png")
+    before = sorted(Path().iterdir())
+    result = run(*arguments, "-o", "out.png")
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+    assert sorted(Path().iterdir()) == before
 
 
 def test_info() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,6 +40,22 @@ def test_live_preview(tmp_path: Path) -> None:
     assert lines[0] == "step 10 of 10, t = 1"
     assert len(lines) == 15
     assert "@" in "".join(lines[1:])
+
+
+def test_repair_camera_frame(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("repair_camera_frame.py", cwd=tmp_path) == "repaired.png: 69 pixels painted\n"
+    with Image.open(tmp_path / "repaired.png") as image:
+        frame = np.asarray(image)
+    assert frame.shape == (480, 640, 3)
+    assert (frame.max(axis=2) == frame.min(axis=2)).all()  # nothing is left of the magenta
+    assert (frame[212:221, 309:318] > 60).mean() > 0.5  # leather, no hole
+
+
+def test_bounded_latency(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("bounded_latency.py", 60_000, 3, cwd=tmp_path).endswith("0 stopped early\n")
+    assert run("bounded_latency.py", 0.001, 3, cwd=tmp_path).endswith("3 stopped early\n")
 
 
 def test_train_export_sample(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from ddpm_edge import __version__
 from ddpm_edge.cli.bench import bench
 from ddpm_edge.cli.export import export
 from ddpm_edge.cli.info import info
+from ddpm_edge.cli.restore import inpaint, upscale, vary
 from ddpm_edge.cli.sample import sample
 from ddpm_edge.cli.train import train
 from ddpm_edge.cli.verify import verify
@@ -44,5 +45,5 @@ def main(verbose: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
 
 
-for command in (train, export, sample, info, verify, bench):
+for command in (train, export, sample, inpaint, upscale, vary, info, verify, bench):
     main.add_command(command)

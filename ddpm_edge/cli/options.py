@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,11 @@ from ddpm_edge.schedule import RULES, Schedule
 
 PLAN_OPTIONS = (
     "sampler", "steps", "spacing", "order", "sde", "eta", "variance", "corrections", "snr", "clip",
+    "travel_length", "travel_repeat",
+)  # fmt: skip
+IMAGE_OPTIONS = (
+    "output", "labels", "guidance", "guidance_interval", "seed", "first", "batch", "deadline_ms",
+    "as_json",
 )  # fmt: skip
 
 
@@ -37,6 +43,46 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         where = {"runtime": runtime, "device": device, "variant": variant, "threads": threads}
         command(where=where, **others)
+
+    return gathered
+
+
+def image_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that make images; the command gets them as the dict `wanted`."""
+
+    @click.option(
+        "-o",
+        "--output",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="NAME.png: the image, or a grid of several. NAME.npy: uint8 (n, H, W, C). A "
+        "directory: single PNGs.",
+    )
+    @click.option(
+        "--label",
+        "labels",
+        multiple=True,
+        help="Class, by number or name; repeat for several, dealt out in turn.  [default: none]",
+    )
+    @click.option("--guidance", type=float, help="Scale of guidance towards the label; 1 = none.")
+    @click.option(
+        "--guidance-interval",
+        type=(int, int),
+        help="Lowest and highest timestep at which guidance acts.  [default: 1 T]",
+    )
+    @click.option("--seed", type=int, help="0 to 2**64 - 1.  [default: a fresh one, printed]")
+    @click.option(
+        "--first", type=int, default=0, show_default=True, help="Index of the first sample."
+    )
+    @click.option("--batch", type=int, help="Images in one evaluation.  [default: 16]")
+    @click.option(
+        "--deadline-ms", type=float, help="Stop after so many milliseconds with what there is."
+    )
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+    @functools.wraps(command)
+    def gathered(**given: Any) -> None:
+        wanted = {name: given.pop(name) for name in IMAGE_OPTIONS}
+        command(wanted=wanted, **given)
 
     return gathered
 
@@ -73,6 +119,10 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         "--clip",
         help="Limit of the predicted image, a percentile such as 99.5%, or 'off'.  [default: 1.0]",
     )
+    @click.option(
+        "--travel-length", type=int, help="Rows of a stretch of time travel.  [default: 1]"
+    )
+    @click.option("--travel-repeat", type=int, help="How often each stretch is run.  [default: 1]")
     @functools.wraps(command)
     def gathered(**given: Any) -> None:
         typed = {name: given.pop(name) for name in PLAN_OPTIONS}

@@ -12,45 +12,23 @@ import click
 import numpy as np
 
 from ddpm_edge import Generator, Step, save_grid, save_image
-from ddpm_edge.cli.options import plan_options, runtime_options
+from ddpm_edge.cli.options import image_options, plan_options, runtime_options
 from ddpm_edge.cli.output import Progress, command_line
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.files import check_writable, write_bytes
+from ddpm_edge.tasks import Task
 
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("-n", "count", type=int, default=16, show_default=True, help="Number of images.")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="NAME.png: one grid. NAME.npy: uint8 (n, H, W, C). A directory: single PNGs.",
-)
-@click.option(
-    "--label",
-    "labels",
-    multiple=True,
-    help="Class, by number or name; repeat for several, dealt out in turn.  [default: none]",
-)
-@click.option("--guidance", type=float, help="Scale of guidance towards the label; 1 = none.")
-@click.option("--seed", type=int, help="0 to 2**64 - 1.  [default: a fresh one, printed]")
-@click.option("--first", type=int, default=0, show_default=True, help="Index of the first sample.")
-@click.option("--batch", type=int, help="Images in one evaluation.  [default: 16]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@image_options
 @plan_options
 @runtime_options
 def sample(
     bundle: Path | None,
     count: int,
-    output: Path,
-    labels: tuple[str, ...],
-    guidance: float | None,
-    seed: int | None,
-    first: int,
-    batch: int | None,
-    as_json: bool,
+    wanted: dict[str, Any],
     plan: dict[str, Any],
     where: dict[str, Any],
 ) -> None:
@@ -58,8 +36,30 @@ def sample(
 
     Example:  ddpm-edge sample -n 10 --label sneaker --label bag --seed 1 -o out.png
     """
+    make_images(bundle, lambda _: (count, None), wanted, plan, where)
+
+
+def make_images(
+    bundle: Path | None,
+    what: Callable[[Generator], tuple[int, Task | None]],
+    wanted: dict[str, Any],
+    plan: dict[str, Any],
+    where: dict[str, Any],
+) -> None:
+    """Run what a command asks for, save the images and say how it went.
+
+    Args:
+        bundle: None = the built-in one.
+        what: number of images and task, for the loaded bundle.
+        wanted: see `image_options`.
+        plan: see `plan_options`.
+        where: see `runtime_options`.
+    """
+    options = dict(wanted)
+    output, labels, as_json = (options.pop(name) for name in ("output", "labels", "as_json"))
     save = saver(output)
     with Generator.load(bundle, **where) as generator:
+        count, task = what(generator)
         names = generator.class_names  # a class may be called "7": the name comes first
         numbers = [int(x) if x.isdecimal() and x not in names else x for x in labels]
         dealt = [numbers[i % len(numbers)] for i in range(count)] if numbers else None
@@ -68,16 +68,7 @@ def sample(
             def show(step: Step) -> None:
                 progress.update((step.index + 1) / step.total, f"t = {step.t}")
 
-            result = generator.run(
-                count,
-                label=dealt,
-                guidance=guidance,
-                seed=seed,
-                first=first,
-                batch=batch,
-                callback=show,
-                **plan,
-            )
+            result = generator.run(count, label=dealt, task=task, callback=show, **options, **plan)
         save(result.images)
     seconds = result.milliseconds / 1e3
     if as_json:
@@ -90,11 +81,14 @@ def sample(
             "runtime": result.runtime,
             "variant": result.variant,
             "seconds": round(seconds, 3),
+            "stopped": result.stopped,
         }
         click.echo(json.dumps(report))
         return
+    stopped = ", stopped by the deadline" if result.stopped else ""
     click.echo(
-        f"{output}: {len(result.images)} images, seed {result.seed}\n"
+        f"{output}: {len(result.images)} image{'s' * (len(result.images) > 1)}, "
+        f"seed {result.seed}{stopped}\n"
         f"{result.plan.name}, {result.variant}, {result.runtime}: {seconds:.2f} s, "
         f"{seconds / len(result.images):.3f} s an image"
     )
@@ -126,6 +120,8 @@ def saver(output: Path) -> Callable[[Any], None]:
             buffer = io.BytesIO()  # NumPy's own write to a file does not notice a full disk
             np.save(buffer, images)
             write_bytes(output, buffer.getvalue())
+        elif len(images) == 1:
+            save_image(images[0], output)
         else:
             save_grid(images, output)
 
