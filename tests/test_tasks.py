@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ToyEngine
 
-from ddpm_edge import Bundle, Generator, Grayscale, Mask, Matrix, Restore, Step, Vary
+from ddpm_edge import AveragePool, Bundle, Generator, Grayscale, Mask, Matrix, Restore, Step, Vary
 from ddpm_edge.errors import ConfigError, EngineError
 from ddpm_edge.images import ImageWarning
 from ddpm_edge.noise import Draws
@@ -145,8 +145,10 @@ def test_draws_of_one_image_and_one_mask_for_many(toy: Generator) -> None:
 # Run, stream, callback, batches as in sample
 
 
+BRIGHT = np.full((3, 14, 14), 250, np.uint8)
 TASKS = {
     "inpaint": Restore(IMAGES, Mask(HOLE)),
+    "upscale": Restore(BRIGHT, AveragePool(2)),
     "vary": Vary(IMAGES, 0.6),
     "vary at 1": Vary(IMAGES, 1.0),
 }
@@ -169,6 +171,9 @@ def test_previews_and_stopped_images_keep_what_is_known(toy: Generator) -> None:
     known = IMAGES[:, ~HOLE] / np.float32(127.5) - np.float32(1)
     for step in toy.stream(task=Restore(IMAGES, Mask(HOLE)), seed=0, steps=4):
         assert np.abs(step.x0.transpose(0, 2, 3, 1)[:, ~HOLE] - known).max() < 1e-6  # float32
+    for step in toy.stream(task=TASKS["upscale"], seed=0, steps=4):
+        assert np.abs(step.x0).max() <= 1.0
+        assert np.abs(pooled(step.x0.transpose(0, 2, 3, 1), 2) - (250 / 127.5 - 1)).max() < 1e-3
     stop = toy.run(task=Restore(IMAGES, Mask(HOLE)), callback=lambda step: step.index == 1)
     assert stop.stopped
     assert (stop.images[:, ~HOLE] == IMAGES[:, ~HOLE]).all()
@@ -198,6 +203,7 @@ def test_vary_begins_at_strength_times_t(toy: Generator) -> None:
     assert len(timesteps(0.5)) == 20
     assert timesteps(0.005) == [5, 4, 3, 2, 1]  # not more steps than timesteps
     assert timesteps(1e-9) == [1]
+    assert timesteps(0.0018) == [2, 1]
     assert timesteps(0.3, sampler="ddpm") == list(range(300, 0, -1))
     assert timesteps(0.5, spacing=[900, 450, 10]) == [450, 10]
     assert timesteps(0.5, spacing=[900, 600]) == [500]
