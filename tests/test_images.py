@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm_edge import save_grid, save_image
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.files import atomic_write
-from ddpm_edge.images import grid, to_images
+from ddpm_edge.images import grid, read_image, to_images
 
 
 def test_to_images_rounds_clips_and_transposes() -> None:
@@ -83,3 +83,18 @@ def test_files_get_the_usual_permissions(tmp_path: Path) -> None:
         pass
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")}
     assert len(modes) == 1
+
+
+def test_read_image(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)
+    save_image(rgb, tmp_path / "rgb.png")
+    assert (read_image(tmp_path / "rgb.png") == rgb).all()
+    gray = read_image(tmp_path / "rgb.png", 1)
+    assert gray.shape == (6, 4, 1)
+    assert np.abs(gray[..., 0] - rgb @ [0.299, 0.587, 0.114]).max() <= 1  # ITU-R 601-2, rounded
+    turned = Image.Exif()
+    turned[274] = 6  # orientation: a quarter turn
+    Image.fromarray(rgb).save(tmp_path / "turned.png", exif=turned)
+    assert (read_image(tmp_path / "turned.png") == np.rot90(rgb, -1)).all()
+    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
+    assert read_image(tmp_path / "palette.png").shape == (6, 4, 3)

@@ -441,3 +441,22 @@ def test_the_posterior_of_rectified_flow_is_bayes_rule() -> None:
         np.testing.assert_allclose(schedule.posterior_mean(x0, x_t, t), mean, atol=1e-12)
         assert schedule.posterior_variance(t) == pytest.approx(1 / precision)
     assert schedule.posterior_variance(10) == pytest.approx(0.01 * 9 * 9)  # of x_9, all noise
+
+
+@pytest.mark.parametrize(
+    "whole", [Schedule.linear(), Schedule.cosine(50), Schedule.rectified_flow(8)]
+)
+def test_until_is_the_beginning(whole: Schedule) -> None:
+    part = whole.until(5)
+    assert part.T == 5
+    for name in ("signal", "noise", "alpha_bar", "alpha", "beta"):
+        assert (getattr(part, name) == getattr(whole, name)[:6]).all()
+    again = Schedule.from_dict(part.to_dict())
+    assert again.T == 5
+    assert (again.signal == part.signal).all()
+    assert "until=5" in repr(part)
+    assert (part.until(2).signal == whole.until(2).signal).all()
+    assert Schedule.from_dict(part.until(2).to_dict()).T == 2
+    for t in (0, whole.T + 1, 2.5, True):
+        with pytest.raises(ScheduleError, match="t must be a whole number"):
+            whole.until(t)  # type: ignore[arg-type]
