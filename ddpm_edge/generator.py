@@ -497,13 +497,13 @@ class Generator:
             steps = self._inversion_steps(steps)
         plan = inversion(self.schedule, steps, spacing)
         network = self._open()
-        arguments["batch"] = arguments.get("batch") or MAX_BATCH
+        if arguments.get("batch") is None:
+            arguments["batch"] = MAX_BATCH
         request = Request.of(
             self.bundle.manifest, None, latents=states, plan=lambda _: plan, seed=0, **arguments
         )
-        return np.concatenate(
-            [_last_latents(made, plan) for made in request.made(network, callback)]
-        )
+        made = request.made(network, callback)
+        return np.concatenate([_last_latents(part, plan, self.schedule) for part in made])
 
     def _plan_from(
         self, known: Known, sampler: str | None, steps: int | None, options: dict[str, Any]
@@ -528,12 +528,12 @@ class Generator:
         return self._network
 
 
-def _last_latents(made: Made, plan: Plan) -> Float32:
+def _last_latents(made: Made, plan: Plan, schedule: Schedule) -> Float32:
     """Where an inversion ended, or would end in one more step from where it was stopped."""
-    if made.whole or made.state is None:
+    if made.state is None or made.whole:
         return np.array(made.x)
-    i = made.state.index
-    a = float(plan.signal[-1] / plan.signal[i])
+    t, end = plan.t[made.state.index], plan.t[-1]
+    a = float(schedule.signal[end] / schedule.signal[t])
     eps: Array = made.state.m
-    latents: Array = a * made.x + float(plan.noise[-1] - a * plan.noise[i]) * eps
+    latents: Array = a * made.x + float(schedule.noise[end] - a * schedule.noise[t]) * eps
     return latents

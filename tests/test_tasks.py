@@ -379,6 +379,7 @@ SMALL = np.zeros((14, 14), np.uint8)
         (lambda g: g.sample(latents=IMAGES.reshape(3, 1, 28, 28)), "finite floats.*got uint8"),
         (lambda g: g.sample(2, latents=np.zeros((3, 1, 28, 28))), "in latents for n = 2"),
         (lambda g: g.sample(1, latents=np.full((1, 28, 28), np.inf)), "latents must be finite"),
+        (lambda g: g.invert(IMAGES, batch=0), "batch must be a whole number >= 1; got 0"),
         (lambda g: g.invert(IMAGES, steps=0), "steps must be a whole number >= 1; got 0"),
         (lambda g: g.interpolate(IMAGES, IMAGES[0]), "a must be one image; got 3"),
         (lambda g: g.interpolate(IMAGES[0], IMAGES[0], 1), "n must be a whole number >= 2; got 1"),

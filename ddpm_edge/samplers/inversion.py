@@ -15,7 +15,8 @@ def inversion(
     """DDIM with eta 0 backwards, from the image at t = 0 up (Song et al. 2021, section 4.3).
 
     A step from s to t assumes that the eps of x_t, which is not known yet, is that of x_s; the
-    network is asked for it at t, as it will be on the way down. The more steps, the closer.
+    network is asked for it at t, as it will be on the way down, and its answer is taken for one at
+    x_s. The more steps, the closer.
 
     Args:
         schedule: the forward process.
@@ -30,8 +31,8 @@ def inversion(
         name=call_name("inversion", len(grid), spacing, None, {}),
         form="eps",
         t=grid.t[::-1],
-        signal=signal_t,
-        noise=noise_t,
+        signal=np.where(noise_s > 0, signal_s, signal_t),  # of the data no eps is known
+        noise=np.where(noise_s > 0, noise_s, noise_t),
         a=a,
         b=(noise_t - a * noise_s)[:, None],
         s=np.zeros(len(grid)),
