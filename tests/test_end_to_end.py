@@ -54,7 +54,7 @@ def test_a_folder_of_shapes_becomes_samples_in_three_commands(tmp_path: Path) ->
     draw_shapes(tmp_path / "shapes", 500)
     run, bundle, sheet = (tmp_path / name for name in ("run", "bundle", "samples.npy"))
     # x0 learns where and in which colour first; the schedule is the lecture's, T = 100 to 0.2.
-    output = cli("train", "--data", tmp_path / "shapes", "--preset", "tiny", "--steps", 200,
+    output = cli("train", "--data", tmp_path / "shapes", "--preset", "tiny", "--steps", 300,
                  "--batch", 32, "--lr", 5e-3, "--warmup", 20, "--ema", 0.98, "--val", 0.1,
                  "--prediction", "x0", "-T", 100, "--beta-T", 0.2, "-o", run)  # fmt: skip
     assert "32 x 32, 3 channels, 3 labels" in output
@@ -67,7 +67,7 @@ def test_a_folder_of_shapes_becomes_samples_in_three_commands(tmp_path: Path) ->
     assert len(config["validation"]) + config["images"] == 500
     assert all((tmp_path / "shapes" / name).is_file() for name in config["validation"])
     losses = [line["validation_loss"] for line in runs.read_metrics(run) if len(line) > 5]
-    assert losses[-1] < 0.6 * losses[0]  # 0.08 from 0.21, on images that it has not seen
+    assert losses[-1] < 0.6 * losses[0]  # unseen images; 0.074 from 0.155, other CPUs differ
     manifest = Bundle.open(bundle).manifest
     assert (manifest.class_names, manifest.prediction) == (tuple(CLASSES), "x0")
     images = np.load(sheet)
