@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import ConfigError
 
 MOST = 2**63 - 1  # what int64 holds
@@ -37,6 +38,19 @@ def number(name: str, value: Any, error: type[ConfigError] = ConfigError) -> flo
         raise error(
             f"{name} must be a number that float64 can hold; got {shown(value)}"
         ) from overflow
+
+
+def array(name: str, value: Any) -> Array:
+    """`value` as an array of real numbers or bools, if it is one or a list of them."""
+    try:
+        got = np.asarray(value)
+    except (ValueError, TypeError) as error:  # rows of several lengths
+        raise ConfigError(f"{name} must be an array of numbers; {error}") from error
+    if got.dtype.kind not in "biuf":
+        raise ConfigError(
+            f"{name} must be an array of numbers; got {shown(value)} ({type(value).__name__})"
+        )
+    return got
 
 
 def choice(name: str, value: Any, known: Iterable[str]) -> str:

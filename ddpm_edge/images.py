@@ -37,14 +37,14 @@ def from_images(images: Any, shape: tuple[int, ...], name: str = "image") -> Flo
         ImageWarning: floats without any below 0, which look like [0, 1].
     """
     channels, height, width = shape
-    values = np.asarray(images)
+    values = checks.array(name, images)
     one = (height, width, channels)
     if channels == 1 and values.shape[-3:] != one and values.shape[-2:] == one[:2]:
         values = values[..., None]
     if values.shape[-3:] != one or values.ndim not in (3, 4) or not values.size:
         raise ConfigError(
             f"{name} must be {one} (height, width, channels), or (n, {height}, {width}, "
-            f"{channels}) for several; got {np.shape(images)}: crop or resize it"
+            f"{channels}) for several; got {values.shape}: crop or resize it"
         )
     values = values.reshape(-1, *one).transpose(0, 3, 1, 2)
     if values.dtype == np.uint8:
@@ -80,21 +80,18 @@ def to_mask(mask: Any) -> Bool:
     Raises:
         ConfigError: other values or shapes, or a mask that is empty or full.
     """
-    values = np.asarray(mask)
+    values = checks.array("a mask", mask)
+    given = values.shape
     if values.ndim in (3, 4) and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or not values.size:
         raise ConfigError(
-            f"a mask must be (height, width), or (n, height, width) for one an image; got "
-            f"{np.shape(mask)}"
+            f"a mask must be (height, width), or (n, height, width) for one an image; got {given}"
         )
-    if values.dtype.kind not in "biuf" or not (
-        np.isin(values, (0, 1)).all() or np.isin(values, (0, 255)).all()
-    ):
-        kinds = np.unique(values)[:5] if values.dtype.kind in "biuf" else values.dtype
+    if not (np.isin(values, (0, 1)).all() or np.isin(values, (0, 255)).all()):
         raise ConfigError(
             "a mask must hold bools, 0 and 1, or 0 and 255 (not 0 where pixels are to be painted); "
-            f"got {values.dtype} with {checks.shown(kinds)}: threshold it"
+            f"got {values.dtype} with {', '.join(map(str, np.unique(values)[:5]))}: threshold it"
         )
     painted: Bool = values.reshape(-1, *values.shape[-2:]) != 0
     for i, one in enumerate(painted):

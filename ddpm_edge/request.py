@@ -325,7 +325,7 @@ def _interval(interval: Any, T: int) -> tuple[int, int]:
 
 def _latents(latents: Any, sample_shape: tuple[int, int, int]) -> Float32:
     """States at T; float32 (n, C, H, W)."""
-    values = np.asarray(latents)
+    values = checks.array("latents", latents)
     if values.shape[-3:] != sample_shape or values.ndim not in (3, 4) or not values.size:
         raise ConfigError(
             f"latents must be {sample_shape} (channels, height, width), or (n, ...) for several; "

@@ -199,7 +199,7 @@ class Matrix(Operator):
     disjoint = False
 
     def __init__(self, matrix: Any, image_shape: tuple[int, int, int]) -> None:
-        values = np.asarray(matrix)
+        values = checks.array("the matrix", matrix)
         self.image_shape = tuple(checks.whole("a size of image_shape", i) for i in image_shape)
         size = int(np.prod(self.image_shape))
         if len(self.image_shape) != 3 or values.ndim != 2 or values.shape[1] != size:
@@ -207,7 +207,7 @@ class Matrix(Operator):
                 f"the matrix must be (K, H W C), and images (H, W, C); got {values.shape} for "
                 f"images of {self.image_shape}"
             )
-        if values.dtype.kind not in "iuf" or not np.isfinite(values).all() or not values.any():
+        if not np.isfinite(values).all() or not values.any():
             raise ConfigError("the matrix must hold finite numbers, not all of them 0")
         u, s, vt = np.linalg.svd(values.astype(np.float64), full_matrices=False)
         rank = int((s > s[0] * max(values.shape) * np.finfo(np.float64).eps).sum())

@@ -103,9 +103,9 @@ class Vary:
 
 def _vectors(y: Any, size: int) -> Float32:
     """One or many measurements by a matrix, float32 (n, size)."""
-    values = np.asarray(y)
+    values = checks.array("y", y)
     if values.ndim not in (1, 2) or values.shape[-1:] != (size,) or not values.size:
         raise ConfigError(f"y must be ({size},), or (n, {size}) for several; got {values.shape}")
-    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        raise ConfigError(f"y must hold finite numbers; got {values.dtype}")
+    if not np.isfinite(values).all():
+        raise ConfigError("y must hold finite numbers; some are NaN or infinite")
     return values.reshape(-1, size).astype(np.float32)

@@ -182,7 +182,7 @@ ONE = (28, 28, 1)
         (lambda: Grayscale((1.5, -0.5, 0.0)), ">= 0 that sum to 1"),
         (lambda: Matrix(np.zeros((2, 784)), ONE), "finite numbers, not all of them 0"),
         (lambda: Matrix(np.full((2, 784), np.nan), ONE), "finite numbers"),
-        (lambda: Matrix(np.full((2, 784), "a"), ONE), "finite numbers"),
+        (lambda: Matrix(np.full((2, 784), "a"), ONE), "must be an array of numbers"),
         (lambda: Matrix(np.ones((2, 783)), ONE), r"got \(2, 783\) for images of \(28, 28, 1\)"),
         (lambda: Matrix(np.ones(784), ONE), r"must be \(K, H W C\)"),
         (lambda: Matrix(np.ones((2, 784)), (28, 28)), r"images \(H, W, C\)"),  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ def test_operators_that_cannot_be(make: Any, message: str) -> None:
         (np.zeros(3), r"y must be \(2,\), or \(n, 2\) for several; got \(3,\)"),
         (np.zeros((2, 2, 2)), r"got \(2, 2, 2\)"),
         (np.array([1.0, np.inf]), "y must hold finite numbers"),
-        (np.array(["a", "b"]), "y must hold finite numbers"),
+        (np.array(["a", "b"]), "y must be an array of numbers"),
     ],
 )
 def test_vectors_that_cannot_be(toy: Generator, y: np.ndarray, message: str) -> None:
