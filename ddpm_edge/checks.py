@@ -73,7 +73,7 @@ def unknown(what: str, got: Any, known: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """What a caller gave, for a message: cut where it is long."""
-    text = repr(value)
+    text = " ".join(repr(value).split())  # arrays have several lines
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

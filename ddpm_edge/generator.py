@@ -41,7 +41,8 @@ class Result:
         runtime: on which runtime and device, such as "onnxruntime on cpu".
         variant: the network's precision.
         milliseconds: wall-clock time of the run.
-        stopped: whether the callback ended it early; the images are then the x0 so far.
+        stopped: whether the callback or the deadline ended it early; the last images are then the
+            x0 so far.
     """
 
     images: Array
@@ -154,7 +155,8 @@ class Generator:
             steps: of the sampler, 1..T; None = the default plan's, or the sampler's own default.
             **options: `spacing` (see `samplers.timesteps`), `clip` (see `plan.Clip.parse`; by
                 default images are clipped to their range, 1.0), and what the sampler takes besides:
-                `variance`, `eta`, `order`, `sde`, `corrections`, `snr`.
+                `variance`, `eta`, `order`, `sde`, `corrections`, `snr`. `travel_length` and
+                `travel_repeat` of any, see `samplers.time_travel`.
 
         Raises:
             ConfigError: an unknown sampler or option, or a value out of range.
@@ -226,7 +228,7 @@ class Generator:
             task: what is known of the images, a `Restore` or a `Vary`; None = nothing. One image
                 with n = 8 gives eight answers.
             latents: states at T to start from, float32 (C, H, W) or (n, C, H, W), such as `invert`
-                gives; None = drawn from the seed.
+                gives; None = drawn from the seed. To a `Vary` they are its noise.
             sampler: see `plan`.
             steps: see `plan`. From a timestep below T, as `Vary` begins at, at most so many.
             **options: see `plan`.
@@ -247,21 +249,21 @@ class Generator:
         """
         start = time.perf_counter()
         network, runtime = self._open(), self.runtime
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {dtype!r}")
-        request = Request.of(
-            self.bundle.manifest,
+        request = self._request(
             n,
             label=label,
             guidance=guidance,
             guidance_interval=guidance_interval,
             task=task,
             latents=latents,
-            plan=lambda known: self._plan_from(known, sampler, steps, options),
+            sampler=sampler,
+            steps=steps,
             seed=seed,
             first=first,
             batch=MAX_BATCH if batch is None else batch,
+            dtype=dtype,
             deadline_ms=deadline_ms,
+            **options,
         )
         images = []
         for made in request.made(network, callback):
@@ -294,21 +296,23 @@ class Generator:
     ) -> Iterator[Step]:
         """Every step of making n images, all together in one batch; arguments as for `run`.
 
-        The last step's x is the result; where a deadline ended it early, the last step's x0.
+        The last step's x is the result; where a deadline ended it early, the last step's x0. A
+        `Vary` of strength 0 has no steps.
         Arguments are checked when `stream` is called; leaving the iteration early is fine.
         """
-        request = Request.of(
-            self.bundle.manifest,
+        request = self._request(
             n,
             label=label,
             guidance=guidance,
             guidance_interval=guidance_interval,
             task=task,
             latents=latents,
-            plan=lambda known: self._plan_from(known, sampler, steps, options),
+            sampler=sampler,
+            steps=steps,
             seed=seed,
             first=first,
             deadline_ms=deadline_ms,
+            **options,
         )
         (chunk,) = request.chunks()
         return request.steps(self._open(), chunk)
@@ -327,8 +331,9 @@ class Generator:
             **arguments: see `run`.
 
         Returns:
-            uint8 (n, H, W, C), or as `dtype` says. Where sigma_y is 0, what the operator makes of
-            them is y within one grey level, if images in [-1, 1] can be so.
+            uint8 (n, H, W, C), or as `dtype` says. Where sigma_y is 0, what a mask, pooling or gray
+            makes of them is y within one grey level; of a `Matrix`, about y, as far as images in
+            [-1, 1] can be so.
         """
         return self.sample(task=Restore(y, operator, sigma_y), **arguments)
 
@@ -338,7 +343,7 @@ class Generator:
         Args:
             image: one or many, uint8 or float32 in [-1, 1], (H, W, C).
             mask: (H, W) for all or (n, H, W): bool, {0, 1} or {0, 255}, not 0 where pixels are to
-                be painted. All others are returned as they came.
+                be painted. All others are returned as they came (floats to 1e-4).
             **arguments: see `restore`.
         """
         return self.restore(image, Mask(mask), **arguments)
@@ -387,8 +392,8 @@ class Generator:
     ) -> Float32:
         """The latents that DDIM makes these images of, float32 (n, C, H, W).
 
-        `sample(latents=..., sampler="ddim", clip=None)` with the same steps, spacing, label and
-        guidance leads back to about the images. Draws nothing.
+        `sample(latents=..., sampler="ddim", steps=100, clip=None)`, with these steps, the same
+        spacing, label and guidance, leads back to about the images. Draws nothing.
 
         Args:
             image: one or many, uint8 or float32 in [-1, 1], (H, W, C).
@@ -420,51 +425,75 @@ class Generator:
         b: Any,
         n: int = 8,
         *,
-        steps: int | None = None,
         label: Label | Sequence[Label] = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[int, int] | None = None,
         sampler: str = "ddim",
+        steps: int | None = None,
+        spacing: str | Sequence[int] = "trailing",
         clip: float | str | None = None,
+        seed: int | None = None,
+        batch: int | None = None,
         dtype: str = "uint8",
+        callback: Callback | None = None,
         deadline_ms: float | None = None,
-        **arguments: Any,
+        **options: Any,
     ) -> Array:
-        """Images from a to b: spherical between their latents, sampled by a deterministic sampler.
+        """Images from a to b: spherical between their latents.
 
         Args:
             a: an image, uint8 or float32 in [-1, 1], (H, W, C); the first of the result.
             b: another one; the last of the result.
             n: how many with both, >= 2.
-            steps: of the inversion and of the sampling, see `invert`.
             label: see `run`; the first and the last are those of a and b.
+            guidance: see `run`; as label.
+            guidance_interval: see `run`.
             sampler: see `plan`; one that draws no noise.
+            steps: of the inversion and of the sampling, see `invert`.
+            spacing: of both, see `plan`.
             clip: see `plan`.
+            seed: as for `run`; nothing is drawn.
+            batch: see `run`.
             dtype: see `run`.
+            callback: see `run`; called after the steps of the sampling.
             deadline_ms: see `run`; inversion may take half of it.
-            **arguments: see `run`.
+            **options: see `plan`.
         """
-        start = time.perf_counter()
+        started = time.perf_counter()
+        for name in ("task", "latents"):
+            if name in options:
+                raise ConfigError(f"interpolate takes no {name}: it starts from its two images")
         n = checks.whole("n", n, least=2)
         ends = np.concatenate([self._one_state(a, "a"), self._one_state(b, "b")])
-        labels: Any = label if is_many(label) else [label]
-        shared = {k: arguments[k] for k in ("guidance", "guidance_interval") if k in arguments}
+        half = None if deadline_ms is None else checks.number("deadline_ms", deadline_ms) / 2
+        steps = self._inversion_steps(steps, spacing)
+        asked: dict[str, Any] = {"guidance_interval": guidance_interval, "batch": batch}
+        sampling = options | {
+            "label": label, "guidance": guidance, "sampler": sampler, "steps": steps,
+            "spacing": spacing, "clip": clip, "seed": seed,
+        } | asked  # fmt: skip
+        blank = np.zeros((n, *self.sample_shape), np.float32)
+        plan = self._request(
+            n, latents=blank, dtype=dtype, deadline_ms=deadline_ms, **sampling
+        ).plan
+        if plan.s.any():
+            raise ConfigError(
+                f"{plan.name} draws noise, so that it does not lead back to the images; use ddim, "
+                "dpmpp or unipc"
+            )
         latents = self._invert(
-            ends,
-            steps,
-            label=[labels[0], labels[-1]],
-            deadline_ms=None if deadline_ms is None else deadline_ms / 2,
-            **shared,
-        )
+            ends, steps, spacing=spacing, label=_ends(label), guidance=_ends(guidance),
+            deadline_ms=half, **asked,
+        )  # fmt: skip
         if deadline_ms is not None:
-            deadline_ms = max(1e-3, deadline_ms - (time.perf_counter() - start) * 1e3)
+            deadline_ms = max(1e-3, deadline_ms - (time.perf_counter() - started) * 1e3)
         images = self.sample(
+            n,
             latents=slerp(latents[0], latents[1], n),
-            label=label,
-            sampler=sampler,
-            steps=self._inversion_steps(steps),
-            clip=clip,
             dtype=dtype,
+            callback=callback,
             deadline_ms=deadline_ms,
-            **arguments,
+            **sampling,
         )
         first, last = to_images(ends, dtype)
         images[0] = first
@@ -474,6 +503,43 @@ class Generator:
 
     # How it is done
 
+    def _request(
+        self,
+        n: int | None,
+        *,
+        sampler: str | None,
+        steps: int | None,
+        label: Any = None,
+        guidance: Any = None,
+        guidance_interval: Any = None,
+        task: Task | None = None,
+        latents: Any = None,
+        seed: int | None = None,
+        first: int = 0,
+        batch: int | None = None,
+        dtype: str = "uint8",
+        deadline_ms: float | None = None,
+        **options: Any,
+    ) -> Request:
+        """The checked form of a call's arguments; what is left over are the plan's options."""
+        self._open()
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {checks.shown(dtype)}")
+        return Request.of(
+            self.bundle.manifest,
+            n,
+            label=label,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            task=task,
+            latents=latents,
+            plan=lambda known: self._plan_from(known, sampler, steps, options),
+            seed=seed,
+            first=first,
+            batch=batch,
+            deadline_ms=deadline_ms,
+        )
+
     def _one_state(self, image: Any, name: str) -> Float32:
         """One image as a state, float32 (1, C, H, W)."""
         states = from_images(image, self.sample_shape, name)
@@ -481,8 +547,11 @@ class Generator:
             raise ConfigError(f"{name} must be one image; got {len(states)}")
         return states
 
-    def _inversion_steps(self, steps: int | None) -> int:
-        return min(INVERSION_STEPS, self.schedule.T) if steps is None else steps
+    def _inversion_steps(self, steps: int | None, spacing: str | Sequence[int]) -> int | None:
+        """`steps`, or how many there are unless told otherwise or listed."""
+        if steps is None and isinstance(spacing, str):
+            return min(INVERSION_STEPS, self.schedule.T)
+        return steps
 
     def _invert(
         self,
@@ -493,9 +562,7 @@ class Generator:
         **arguments: Any,
     ) -> Float32:
         """The latents of states at t = 0; float32 (n, C, H, W)."""
-        if isinstance(spacing, str):
-            steps = self._inversion_steps(steps)
-        plan = inversion(self.schedule, steps, spacing)
+        plan = inversion(self.schedule, self._inversion_steps(steps, spacing), spacing)
         network = self._open()
         if arguments.get("batch") is None:
             arguments["batch"] = MAX_BATCH
@@ -509,11 +576,9 @@ class Generator:
         self, known: Known, sampler: str | None, steps: int | None, options: dict[str, Any]
     ) -> Plan:
         """The plan from where a task begins."""
-        whole = self.plan(sampler, steps, **options)
-        if known.strength == 1.0:
-            return whole
         if known.strength == 0.0:
-            return Plan.empty("none()")
+            self.plan(sampler, steps, **options)  # what cannot work is refused here as well
+            return Plan.empty("no steps")
         start = max(1, round(known.strength * self.schedule.T))
         return self.bundle.manifest.make_plan(start, sampler=sampler, steps=steps, **options)
 
@@ -530,10 +595,15 @@ class Generator:
 
 def _last_latents(made: Made, plan: Plan, schedule: Schedule) -> Float32:
     """Where an inversion ended, or would end in one more step from where it was stopped."""
-    if made.state is None or made.whole:
+    if made.state is None or made.state.index + 1 == len(plan):
         return np.array(made.x)
     t, end = plan.t[made.state.index], plan.t[-1]
     a = float(schedule.signal[end] / schedule.signal[t])
     eps: Array = made.state.m
     latents: Array = a * made.x + float(schedule.noise[end] - a * schedule.noise[t]) * eps
     return latents
+
+
+def _ends(values: Any) -> Any:
+    """The first and the last of what was given for each sample; what is for all, as it is."""
+    return [values[0], values[-1]] if is_many(values) else values

@@ -51,8 +51,8 @@ def from_images(images: Any, shape: tuple[int, ...], name: str = "image") -> Flo
         return np.asarray(values / 127.5 - 1.0, np.float32, order="C")
     if values.dtype.kind != "f":
         raise ConfigError(
-            f"{name} must be uint8, or float32 in [-1, 1]; got {values.dtype}: convert it with "
-            ".astype(np.uint8) if its values are 0..255"
+            f"{name} must be uint8, or float32 in [-1, 1]; got {values.dtype}: give "
+            "np.asarray(x, np.uint8) if its values are 0..255"
         )
     least, most = float(values.min()), float(values.max())
     if not (least >= -1 - ROUNDING and most <= 1 + ROUNDING):  # NaN is neither
@@ -95,7 +95,7 @@ def to_mask(mask: Any) -> Bool:
         )
     painted: Bool = values.reshape(-1, *values.shape[-2:]) != 0
     for i, one in enumerate(painted):
-        which = "the mask" if len(painted) == 1 else f"mask {i}"
+        which = "the mask" if len(painted) == 1 else f"mask {i} of {len(painted)} (from {given})"
         if not one.any():
             raise ConfigError(f"{which} is empty, nothing would be painted; set pixels to 1 or 255")
         if one.all():

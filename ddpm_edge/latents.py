@@ -26,9 +26,9 @@ def slerp(a: Array, b: Array, n: int) -> Float32:
         ConfigError: shapes that differ, or n < 2.
     """
     n = checks.whole("n", n, least=2)
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape or not a.size:
-        raise ConfigError(f"latents must have one shape; got {a.shape} and {b.shape}")
+    a, b = (checks.array("latents", x).astype(np.float64) for x in (a, b))
+    if a.shape != b.shape or not a.size or not np.isfinite([a, b]).all():
+        raise ConfigError(f"latents must be finite, of one shape; got {a.shape} and {b.shape}")
     w = np.linspace(0.0, 1.0, n).reshape(-1, *[1] * a.ndim)
     norms = np.linalg.norm(a) * np.linalg.norm(b)
     angle = np.arccos(np.clip((a * b).sum() / norms, -1.0, 1.0)) if norms else 0.0

@@ -14,7 +14,7 @@ import numpy as np
 from ddpm_edge import checks, noise
 from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.plan import Plan, check_prediction
-from ddpm_edge.samplers import VARIANCES, make_plan, override
+from ddpm_edge.samplers import DEFAULT_SPACING, VARIANCES, make_plan, override, timesteps
 from ddpm_edge.schedule import Schedule
 
 FORMAT = 1
@@ -87,7 +87,7 @@ class Manifest:
                 f"the model {self.name!r} knows no images without a label, and got none; give one "
                 f"of its labels, {listing}"
             )
-        raise ConfigError(f"no label {label!r}; labels are {listing}")
+        raise ConfigError(f"no label {checks.shown(label)}; labels are {listing}")
 
     def properties(self) -> dict[str, str]:
         """What an ONNX file repeats in its `metadata_props`, so that it explains itself alone."""
@@ -102,8 +102,8 @@ class Manifest:
         """The default plan, or what the arguments make of it (see `Generator.plan`).
 
         Args:
-            start: the timestep to begin at, 1..T; None = T. Steps, or listed timesteps, that are
-                more than there are from there fall away.
+            start: the timestep to begin at, 1..T; None = T. Listed timesteps above it, and steps
+                that are more than there are timesteps, fall away.
             **given: sampler, steps and the sampler's options; a sampler or steps of None are not
                 given.
         """
@@ -112,14 +112,15 @@ class Manifest:
         if arguments.get("sampler") == "ddpm":
             arguments.setdefault("variance", self.variance)
         chosen = arguments.pop("sampler", None)
-        plan = make_plan(self.schedule, chosen, **arguments)  # which checks the arguments as well
         if start is None or start == self.schedule.T:
-            return plan
-        if not isinstance(arguments.get("spacing", ""), str):
-            listed = [t for t in arguments["spacing"] if t <= start] or [start]
-            arguments = arguments | {"spacing": listed, "steps": None}
-        elif arguments.get("steps") is not None:
-            arguments["steps"] = min(arguments["steps"], start)
+            return make_plan(self.schedule, chosen, **arguments)
+        steps, spacing = arguments.get("steps"), arguments.get("spacing", DEFAULT_SPACING)
+        timesteps(self.schedule, steps, spacing)  # they must be those of a whole plan
+        if not isinstance(spacing, str):
+            below = [start, *(t for t in spacing if t < start)]
+            arguments = arguments | {"spacing": below, "steps": None}
+        elif steps is not None:
+            arguments["steps"] = min(steps, start)
         return make_plan(self.schedule.until(start), chosen, **arguments)
 
     def to_dict(self) -> dict[str, Any]:

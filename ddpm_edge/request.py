@@ -144,7 +144,7 @@ class Request:
             ConfigError: an argument that cannot work.
         """
         deadline = Deadline(deadline_ms)
-        if task is not None and not hasattr(task, "known"):
+        if isinstance(task, type) or (task is not None and not hasattr(task, "known")):
             raise ConfigError(f"task must be a Restore or a Vary; got {checks.shown(task)}")
         known = Known() if task is None else task.known(manifest.sample_shape)
         start = None if latents is None else _latents(latents, manifest.sample_shape)
@@ -205,6 +205,10 @@ class Request:
 
     def made(self, network: Network, callback: Callback | None) -> Iterator[Made]:
         """One batch after the other, until one is stopped or the next would come too late."""
+        if callback is not None and not callable(callback):
+            raise ConfigError(
+                f"callback must be a function of a Step; got {checks.shown(callback)}"
+            )
         for chunk in self.chunks():
             x, state, asked, late = self.start(chunk), None, False, False
             for state in self.states(network, chunk, x):
@@ -331,11 +335,14 @@ def _latents(latents: Any, sample_shape: tuple[int, int, int]) -> Float32:
             f"latents must be {sample_shape} (channels, height, width), or (n, ...) for several; "
             f"got {values.shape}: images are (height, width, channels), use invert or vary for them"
         )
-    if values.dtype.kind != "f" or not np.isfinite(values).all():
+    with np.errstate(over="ignore"):
+        states = values.reshape(-1, *sample_shape).astype(np.float32)
+    if values.dtype.kind != "f" or not np.isfinite(states).all():
         raise ConfigError(
-            f"latents must be finite floats, about standard normal; got {values.dtype}"
+            f"latents must be finite floats, about standard normal; got {values.dtype}, of which "
+            f"{np.count_nonzero(np.isfinite(states))} of {states.size} are finite in float32"
         )
-    return values.reshape(-1, *sample_shape).astype(np.float32)
+    return states
 
 
 def is_many(value: Any) -> bool:

@@ -30,6 +30,7 @@ Weight = float | Array  # one for all singular values, or one for each
 ITU_R_601 = (0.299, 0.587, 0.114)  # red, green, blue: what PIL and OpenCV make gray with
 ROUNDS = 100
 EXACT = 0.1 / 127.5  # a tenth of one of 256 grey levels
+LEAST, MOST = 1e-9, 1e9  # of a matrix, far inside what float32 holds
 
 
 class Operator(ABC):
@@ -38,10 +39,12 @@ class Operator(ABC):
     Attributes:
         singular: the singular values of A, one number where all that are not 0 are equal.
         disjoint: whether every value of a state goes into one value of the measurement at most.
+        scale: how large y is beside x.
     """
 
     singular: Weight
     disjoint = True
+    scale = 1.0
 
     @abstractmethod
     def measured_shape(self, sample_shape: Shape) -> tuple[int, ...]:
@@ -157,7 +160,7 @@ class Grayscale(Operator):
     """
 
     def __init__(self, weights: tuple[float, float, float] = ITU_R_601) -> None:
-        values = np.array([checks.number("a weight", w) for w in weights], np.float64)
+        values = checks.array("weights", weights).astype(np.float64)
         if values.shape != (3,) or not abs(values.sum() - 1.0) < 1e-6 or not (values >= 0).all():
             raise ConfigError(
                 f"weights must be three numbers >= 0 that sum to 1; got {checks.shown(weights)}"
@@ -199,18 +202,23 @@ class Matrix(Operator):
     disjoint = False
 
     def __init__(self, matrix: Any, image_shape: tuple[int, int, int]) -> None:
+        sizes = checks.array("image_shape", image_shape)
         values = checks.array("the matrix", matrix)
-        self.image_shape = tuple(checks.whole("a size of image_shape", i) for i in image_shape)
-        size = int(np.prod(self.image_shape))
-        if len(self.image_shape) != 3 or values.ndim != 2 or values.shape[1] != size:
+        if sizes.shape != (3,) or values.ndim != 2 or values.shape[1] != sizes.prod():
             raise ConfigError(
-                f"the matrix must be (K, H W C), and images (H, W, C); got {values.shape} for "
-                f"images of {self.image_shape}"
+                f"the matrix must be (K, H W C), and image_shape (H, W, C); got {values.shape} and "
+                f"{checks.shown(image_shape)}"
             )
-        if not np.isfinite(values).all() or not values.any():
-            raise ConfigError("the matrix must hold finite numbers, not all of them 0")
+        self.image_shape = tuple(sizes.tolist())
+        if not np.isfinite(values).all() or not LEAST <= np.abs(values).max(initial=0) <= MOST:
+            raise ConfigError(
+                f"the matrix must hold finite numbers, the largest in {LEAST:g} to {MOST:g}; "
+                "scale it and y"
+            )
         u, s, vt = np.linalg.svd(values.astype(np.float64), full_matrices=False)
-        rank = int((s > s[0] * max(values.shape) * np.finfo(np.float64).eps).sum())
+        # What is below float32's rounding of y would blow it up, as of a blur's high frequencies.
+        rank = int((s > s[0] * max(values.shape) * np.finfo(np.float32).eps).sum())
+        self.scale = float(np.linalg.norm(values.astype(np.float64), axis=1).max())
         self.matrix: Float32 = values.astype(np.float32)
         self.u: Float32 = u[:, :rank].astype(np.float32)  # (K, rank)
         self.singular: Float32 = s[:rank].astype(np.float32)
@@ -305,7 +313,8 @@ class Measurement:
         operator = self.operator
         for _ in range(ROUNDS):
             residual = self.y - operator.forward(x)
-            if np.abs(residual).max() <= EXACT:
+            off = np.abs(residual).reshape(len(x), -1).max(axis=1) > EXACT * operator.scale
+            if not off.any():
                 break
             move = operator.inverse(residual)
             free = np.where(move > 0, x < 1.0, x > -1.0)  # what is at the border stays there
@@ -317,7 +326,8 @@ class Measurement:
                     where=residual != 0,
                 )
                 move = operator.inverse(residual / np.maximum(share, 1e-6))
-            move *= free
+            # A sample that is there does not move with its batch: it depends on itself alone.
+            move *= free & off[:, None, None, None]
             x = np.clip(x + move, -1.0, 1.0)
         return x
 

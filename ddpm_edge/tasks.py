@@ -106,6 +106,8 @@ def _vectors(y: Any, size: int) -> Float32:
     values = checks.array("y", y)
     if values.ndim not in (1, 2) or values.shape[-1:] != (size,) or not values.size:
         raise ConfigError(f"y must be ({size},), or (n, {size}) for several; got {values.shape}")
-    if not np.isfinite(values).all():
-        raise ConfigError("y must hold finite numbers; some are NaN or infinite")
-    return values.reshape(-1, size).astype(np.float32)
+    with np.errstate(over="ignore"):
+        vectors: Float32 = values.reshape(-1, size).astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise ConfigError("y must hold numbers that float32 holds; some are NaN or too large")
+    return vectors

@@ -95,6 +95,9 @@ def test_inpaint(photo: np.ndarray, generator: Generator) -> None:
     expected = generator.inpaint(photo, mask, seed=5, steps=2)[0]
     assert (read_image("out.png", 1) == expected).all()
     assert (expected[mask == 0] == photo[mask == 0]).all()
+    masks = ["inpaint", "photo.png", "--mask", "mask.png", "--mask", "mask.png", *QUICK]
+    assert run(*masks, "-o", "two").exit_code == 0
+    assert len(list(Path("two").iterdir())) == 2
     many = ["inpaint", "photo.png", "photo.png", "--mask", "mask.png", "--mask", "mask.png"]
     guided = ["--label", "bag", "--guidance", 2, "--guidance-interval", 1, 500]
     result = run(*many, *guided, *QUICK, "--json", "-o", "new")

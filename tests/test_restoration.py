@@ -166,6 +166,25 @@ def test_a_y_that_no_image_has_comes_to_an_end() -> None:
         assert np.abs(done).max() <= 1.0
 
 
+def test_each_sample_ends_by_itself() -> None:
+    x = RNG.uniform(-1.5, 1.5, (6, *SHAPE)).astype(np.float32)
+    y = RNG.choice([-1.0, -0.97, 0.2, 0.99], (6, 3, 2, 2)).astype(np.float32)
+    together = Measurement.of(AveragePool(2), y, 0.0)
+    alone = [together.part(slice(i, i + 1)).finish(x[i : i + 1]) for i in range(6)]
+    assert (together.finish(x) == np.concatenate(alone)).all()
+
+
+@pytest.mark.parametrize("width", [1.0, 1.5, 2.0])
+def test_a_blur_is_undone_as_far_as_float32_carries_it(toy: Generator, width: float) -> None:
+    i = np.arange(28)
+    kernel = np.exp(-((i[:, None] - i) ** 2) / (2 * width**2))
+    kernel /= kernel.sum(axis=1, keepdims=True)
+    A = np.kron(kernel, kernel)
+    y = np.sin(np.arange(784) / 40) @ A.T
+    restored = toy.restore(y, Matrix(A, ONE), dtype="float32", steps=3, seed=0)
+    assert np.abs(A @ restored.reshape(-1) - y).max() < 1 / 127.5  # one grey level
+
+
 # What does not fit
 
 
@@ -180,12 +199,15 @@ ONE = (28, 28, 1)
         (lambda: Grayscale((0.5, 0.5, 0.5)), r"sum to 1; got \(0.5, 0.5, 0.5\)"),
         (lambda: Grayscale((0.5, 0.5)), "three numbers"),  # type: ignore[arg-type]
         (lambda: Grayscale((1.5, -0.5, 0.0)), ">= 0 that sum to 1"),
-        (lambda: Matrix(np.zeros((2, 784)), ONE), "finite numbers, not all of them 0"),
+        (lambda: Matrix(np.zeros((2, 784)), ONE), "must hold finite numbers, the largest in 1e-09"),
         (lambda: Matrix(np.full((2, 784), np.nan), ONE), "finite numbers"),
+        (lambda: Matrix(np.full((2, 784), 1e300), ONE), "the largest in 1e-09 to 1e.09; scale it"),
+        (lambda: Matrix(np.ones((2, 784)), 784), "got .* and 784"),  # type: ignore[arg-type]
+        (lambda: Grayscale(0.5), "must be three numbers"),  # type: ignore[arg-type]
         (lambda: Matrix(np.full((2, 784), "a"), ONE), "must be an array of numbers"),
-        (lambda: Matrix(np.ones((2, 783)), ONE), r"got \(2, 783\) for images of \(28, 28, 1\)"),
+        (lambda: Matrix(np.ones((2, 783)), ONE), r"got \(2, 783\) and \(28, 28, 1\)"),
         (lambda: Matrix(np.ones(784), ONE), r"must be \(K, H W C\)"),
-        (lambda: Matrix(np.ones((2, 784)), (28, 28)), r"images \(H, W, C\)"),  # type: ignore[arg-type]
+        (lambda: Matrix(np.ones((2, 784)), (28, 28)), r"got .* and \(28, 28\)"),  # type: ignore[arg-type]
         (lambda: Matrix(np.ones((2, 784)), (1, 28, 28)).measured_shape((1, 28, 28)), "the model m"),
     ],
 )
@@ -199,7 +221,8 @@ def test_operators_that_cannot_be(make: Any, message: str) -> None:
     [
         (np.zeros(3), r"y must be \(2,\), or \(n, 2\) for several; got \(3,\)"),
         (np.zeros((2, 2, 2)), r"got \(2, 2, 2\)"),
-        (np.array([1.0, np.inf]), "y must hold finite numbers"),
+        (np.array([1.0, np.inf]), "y must hold numbers that float32 holds"),
+        (np.array([1.0, 1e300]), "y must hold numbers that float32 holds"),
         (np.array(["a", "b"]), "y must be an array of numbers"),
     ],
 )

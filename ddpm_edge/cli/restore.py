@@ -66,7 +66,7 @@ def inpaint(images: tuple[Path, ...], masks: tuple[Path, ...], sigma_y: float, *
         mask = Mask(read(masks, 1)[..., 0])
         return Restore(read(images, generator.sample_shape[0]), mask, sigma_y)
 
-    _run(images, task, **call)
+    _run(max(images, masks, key=len), task, **call)
 
 
 @click.command()

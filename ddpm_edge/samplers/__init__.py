@@ -15,7 +15,7 @@ from ddpm_edge import checks
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.plan import Plan
 from ddpm_edge.samplers.dpm_solver import dpm, dpmpp
-from ddpm_edge.samplers.grid import SPACINGS, Grid, timesteps
+from ddpm_edge.samplers.grid import DEFAULT_SPACING, SPACINGS, Grid, timesteps
 from ddpm_edge.samplers.inversion import inversion
 from ddpm_edge.samplers.ipndm import ipndm
 from ddpm_edge.samplers.one_step import (
@@ -32,9 +32,9 @@ from ddpm_edge.samplers.unipc import unipc
 from ddpm_edge.schedule import Schedule
 
 __all__ = [
-    "DEFAULT_PLAN", "SAMPLERS", "SPACINGS", "VARIANCES", "Grid", "SamplerWarning", "consistency",
-    "ddim", "ddpm", "default_plan", "dpm", "dpmpp", "euler", "inversion", "ipndm", "make_plan",
-    "override", "pc", "time_travel", "timesteps", "unipc",
+    "DEFAULT_PLAN", "DEFAULT_SPACING", "SAMPLERS", "SPACINGS", "VARIANCES", "Grid",
+    "SamplerWarning", "consistency", "ddim", "ddpm", "default_plan", "dpm", "dpmpp", "euler",
+    "inversion", "ipndm", "make_plan", "override", "pc", "time_travel", "timesteps", "unipc",
 ]  # fmt: skip
 
 SAMPLERS: dict[str, Callable[..., Plan]] = {
@@ -79,8 +79,8 @@ def make_plan(
     schedule: Schedule,
     /,
     sampler: str,
-    travel_length: int = 1,
-    travel_repeat: int = 1,
+    travel_length: int | None = None,
+    travel_repeat: int | None = None,
     **options: Any,
 ) -> Plan:
     """The plan of the sampler called `sampler`, with the time travel that any of them can do.
@@ -96,7 +96,12 @@ def make_plan(
             hint = f"; that is an option of {', '.join(others)}" if others else ""
             unknown = checks.unknown(f"an option of sampler {sampler!r}", name, known)
             raise ConfigError(unknown + hint)
-    return time_travel(SAMPLERS[sampler](schedule, **options), travel_length, travel_repeat)
+    plan = SAMPLERS[sampler](schedule, **options)
+    if travel_repeat is None:
+        if travel_length is not None:
+            raise ConfigError("travel_length needs travel_repeat: how often each stretch is run")
+        return plan
+    return time_travel(plan, 1 if travel_length is None else travel_length, travel_repeat)
 
 
 def _options(sampler: str) -> list[str]:

@@ -32,18 +32,22 @@ def time_travel(plan: Plan, length: int, repeat: int) -> Plan:
         repeat: how often each is run, 1 or more (RePaint's r); 1 = the plan as it is.
 
     Raises:
-        ConfigError: another form, or more than 100,000 rows.
+        ConfigError: another form, nothing to repeat, or more than about 100,000 rows.
     """
     length, repeat = checks.whole("travel_length", length), checks.whole("travel_repeat", repeat)
-    if repeat == 1 or length >= len(plan):
+    if repeat == 1:
         return plan
+    if length >= len(plan):
+        raise ConfigError(
+            f"travel_length {length} leaves nothing to repeat in {len(plan)} rows; give less"
+        )
     if plan.form != "x0":
         raise ConfigError(
             f"time travel needs a sampler on x0, and {plan.name} is on {plan.form}; use dpmpp, "
             "unipc, ddim or ddpm"
         )
-    rows, total = len(plan), (len(plan) + 1) * repeat
-    if total > MAX_ROWS:
+    rows = len(plan)
+    if (rows + -(-rows // length)) * repeat > MAX_ROWS:  # with the ways back
         raise ConfigError(f"travel_repeat {repeat} makes more than {MAX_ROWS} rows; give less")
     # Rows of the plan in the order they run; ~i is the way back from the state before row i.
     order: list[int] = []
@@ -55,10 +59,12 @@ def time_travel(plan: Plan, length: int, repeat: int) -> Plan:
     visits = np.array(order)
     back = visits < 0
     at = np.where(back, ~visits, visits)
-    start = np.where(back, at - length, at)  # where the way back leads
-    factor, variance = transition(
-        plan.signal[start], plan.noise[start], plan.signal[at], plan.noise[at]
+    a, s = plan.a[at], plan.s[at]
+    below, above = at[back], at[back] - length  # where the ways back begin and where they lead
+    a[back], variance = transition(
+        plan.signal[above], plan.noise[above], plan.signal[below], plan.noise[below]
     )
+    s[back] = np.sqrt(variance)
     restart = np.append(True, back[:-1])
     known = np.zeros(len(order), np.int64)  # answers since the last way back, with this row's own
     for i in range(len(order)):
@@ -76,9 +82,9 @@ def time_travel(plan: Plan, length: int, repeat: int) -> Plan:
         t=plan.t[at],
         signal=plan.signal[at],
         noise=plan.noise[at],
-        a=np.where(back, factor, plan.a[at]),
+        a=a,
         b=b,
-        s=np.where(back, np.sqrt(variance), plan.s[at]),
+        s=s,
         evaluate=plan.evaluate[at] & ~back,
         restart=restart,
         stream=np.where(back, Stream.TRAVEL, plan.stream[at]),
