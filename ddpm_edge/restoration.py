@@ -203,6 +203,8 @@ class Matrix(Operator):
 
     def __init__(self, matrix: Any, image_shape: tuple[int, int, int]) -> None:
         sizes = checks.array("image_shape", image_shape)
+        for size in sizes.reshape(-1):
+            checks.whole("a size of image_shape", size)
         values = checks.array("the matrix", matrix)
         if sizes.shape != (3,) or values.ndim != 2 or values.shape[1] != sizes.prod():
             raise ConfigError(

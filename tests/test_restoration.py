@@ -203,6 +203,11 @@ ONE = (28, 28, 1)
         (lambda: Matrix(np.full((2, 784), np.nan), ONE), "finite numbers"),
         (lambda: Matrix(np.full((2, 784), 1e300), ONE), "the largest in 1e-09 to 1e.09; scale it"),
         (lambda: Matrix(np.ones((2, 784)), 784), "got .* and 784"),  # type: ignore[arg-type]
+        (
+            lambda: Matrix(np.ones((2, 784)), (28.0, 28.0, 1.0)),
+            "a size of image_shape must be a wh",
+        ),
+        (lambda: Matrix(np.ones((2, 784)), (-28, -28, 1)), "a size of image_shape must be a whole"),
         (lambda: Grayscale(0.5), "must be three numbers"),  # type: ignore[arg-type]
         (lambda: Matrix(np.full((2, 784), "a"), ONE), "must be an array of numbers"),
         (lambda: Matrix(np.ones((2, 783)), ONE), r"got \(2, 783\) and \(28, 28, 1\)"),
