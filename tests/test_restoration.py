@@ -9,6 +9,7 @@ import pytest
 
 from ddpm_edge import AveragePool, Generator, Grayscale, Mask, Matrix, Restore, samplers
 from ddpm_edge.errors import ConfigError
+from ddpm_edge.noise import Stream
 from ddpm_edge.plan import run_plan
 from ddpm_edge.restoration import EXACT, Measurement, Operator, ddnm_plus
 from ddpm_edge.schedule import Schedule
@@ -120,6 +121,25 @@ def test_the_noise_of_ddnm_plus_adds_up_to_the_row_s_own() -> None:
     assert ((weight == 1) | (kept < 1e-3))[:-1].all()  # believed whole, or as far as there is room
 
 
+def test_tempered_draws_have_their_variance_and_touch_only_v() -> None:
+    """20,000 draws through `along`: sqrt(gamma) / sigma along V, untouched beside it."""
+    plan = samplers.ddpm(Schedule.linear(), 20, "beta-tilde")
+    A = RNG.standard_normal((3, SIZE)) * [[0.2], [1.0], [5.0]]
+    operator = Matrix(A, (4, 4, 3))
+    _, kept = ddnm_plus(plan, operator.singular, 0.3)
+    z = RNG.standard_normal((20_000, *SHAPE)).astype(np.float32)
+    y = np.zeros((1, 3), np.float32)
+    _, draw = Measurement.of(operator, y, 0.3).along(plan, lambda stream, row: z)
+    row = 5
+    got = draw(Stream.STEP, row).transpose(0, 2, 3, 1).reshape(len(z), -1)
+    along = got @ operator.vt.T
+    # 4 standard errors of a standard deviation
+    assert along.std(axis=0) == pytest.approx(kept[row], abs=4 / np.sqrt(2 * len(z)))
+    plain = z.transpose(0, 2, 3, 1).reshape(len(z), -1)
+    beside = (got - along @ operator.vt) - (plain - plain @ operator.vt.T @ operator.vt)
+    assert np.abs(beside).max() < 1e-5  # float32, sums of 48
+
+
 @pytest.mark.parametrize("sampler", ["dpm", "ipndm"])
 def test_on_eps_the_answer_belongs_to_the_imposed_x0(sampler: str) -> None:
     plan = samplers.make_plan(Schedule.linear(), sampler, steps=5)
@@ -137,13 +157,32 @@ def test_on_eps_the_answer_belongs_to_the_imposed_x0(sampler: str) -> None:
 # The end of a run
 
 
-@pytest.mark.parametrize("level", [-1.0, -0.98, 0.3, 0.999, 1.0])
-@pytest.mark.parametrize("name", ["mask", "pool", "gray"])
-def test_finish_meets_y_and_the_range(name: str, level: float) -> None:
-    operator = OPERATORS[name]
-    x = RNG.uniform(-1.5, 1.5, (8, *SHAPE)).astype(np.float32)
-    y = measured(operator, np.full_like(x, level))
-    done = Measurement.of(operator, y, 0.0).finish(x)
+LARGE = (4, 3, 28, 28)
+
+
+def hard(kind: str) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    if kind == "signs":
+        return np.sign(draw.standard_normal(LARGE)).astype(np.float32)
+    if kind == "a few below 1":
+        few = draw.random(LARGE) < 0.03
+        return np.where(few, draw.uniform(-1, 1, LARGE), 1.0).astype(np.float32)
+    return np.full(LARGE, float(kind), np.float32)
+
+
+@pytest.mark.parametrize("start", ["noise", "all -1", "all 1", "huge"])
+@pytest.mark.parametrize("kind", ["signs", "a few below 1", "-1", "-0.9999", "0.98", "0.999", "1"])
+@pytest.mark.parametrize(
+    "operator",
+    [AveragePool(2), AveragePool(4), AveragePool(7), Grayscale(), Grayscale((1, 0, 0)),
+     Grayscale((0.99, 0.01, 0.0)), Grayscale((0.998, 0.001, 0.001)), Mask(np.eye(28))],
+    ids=["pool 2", "pool 4", "pool 7", "gray", "red", "red and green", "nearly red", "mask"],
+)  # fmt: skip
+def test_finish_meets_hard_y(operator: Operator, kind: str, start: str) -> None:
+    y = operator.forward(hard(kind))
+    x = {"noise": 3 * RNG.standard_normal(LARGE), "all -1": -np.ones(LARGE),
+         "all 1": np.ones(LARGE), "huge": 1e30 * RNG.standard_normal(LARGE)}[start]  # fmt: skip
+    done = Measurement.of(operator, y, 0.0).finish(x.astype(np.float32))
     assert np.abs(done).max() <= 1.0
     assert np.abs(operator.forward(done) - y).max() <= EXACT
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
-from toy import gaussian
 
 from ddpm_edge import samplers
 from ddpm_edge.errors import ConfigError
@@ -18,18 +18,30 @@ from ddpm_edge.schedule import Schedule
 SCHEDULE = Schedule.linear()
 
 
-@pytest.mark.parametrize(("steps", "length", "repeat"), [(10, 3, 2), (10, 1, 3), (9, 4, 4)])
-def test_the_order_is_repaint_s(steps: int, length: int, repeat: int) -> None:
-    """Where length divides steps - 1; RePaint counts its stretches from the data, we from T."""
+@pytest.mark.parametrize(
+    ("steps", "length", "repeat"),
+    [(10, 3, 2), (10, 1, 3), (9, 4, 4), (10, 2, 2), (10, 4, 3), (12, 5, 2), (11, 10, 2)],
+)
+def test_where_repaint_turns_and_where_we_do(steps: int, length: int, repeat: int) -> None:
+    """As often, and neither from the data; RePaint counts its stretches from t = 1 up, we from the
+    top down, which is the same where length divides steps - 1. It goes up one level a step.
+    """
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.RePaintScheduler(1000)
     scheduler.set_timesteps(steps, length, repeat)
-    visited = scheduler.timesteps.tolist()  # goes back one timestep at a time
-    down = [t + 1 for t, after in zip(visited, [*visited[1:], -1], strict=True) if after < t]
+    step = 1000 // steps
+    theirs = (scheduler.timesteps // step).tolist()
+    around = zip(theirs, theirs[1:], theirs[2:], strict=False)
+    turns = [level for before, level, after in around if before == after == level + 1]
     plan = make_plan(SCHEDULE, "ddim", travel_length=length, travel_repeat=repeat, steps=steps,
                      spacing="leading")  # fmt: skip
-    assert plan.t[plan.evaluate].tolist() == down
-    assert plan.evaluations == steps + (repeat - 1) * (steps - 1)
+    level = (plan.t - 1) // step
+    ours = level[~plan.evaluate].tolist()
+    assert turns == np.repeat(range(0, steps - length, length), repeat - 1)[::-1].tolist()
+    assert ours == np.repeat(range(steps - 1 - length, -1, -length), repeat - 1).tolist()
+    down = [v for v, after in zip(theirs, [*theirs[1:], -1], strict=True) if after < v]
+    assert plan.evaluations == len(down)
+    assert (level[plan.evaluate].tolist() == down) == ((steps - 1) % length == 0)
 
 
 def test_a_way_back_is_many_steps_of_q() -> None:
@@ -46,20 +58,81 @@ def test_a_way_back_is_many_steps_of_q() -> None:
     assert len(set(zip(plan.stream.tolist(), plan.row.tolist(), strict=True))) == len(plan)
 
 
-def test_with_the_exact_network_nothing_is_gained_or_lost() -> None:
-    """Ancestral sampling keeps the marginals of Gaussian data but for its discretisation."""
-    mean, variance, n = 0.4, 0.25, 4000
-    deviations = []
-    for repeat in (1, 3):
-        plan = time_travel(samplers.ddpm(SCHEDULE, 200, "beta-tilde"), 40, repeat)
-        rng = np.random.default_rng(0)
-        *_, last = run_plan(
-            plan, rng.standard_normal((n, 1)), gaussian(SCHEDULE, mean, variance),
-            lambda stream, row, rng=rng: rng.standard_normal((n, 1)),
-        )  # fmt: skip
-        assert abs(last.x.mean() - mean) < 4 * np.sqrt(variance / n)
-        deviations.append(last.x.std())
-    assert deviations == pytest.approx([np.sqrt(variance)] * 2, rel=4 / np.sqrt(2 * n) + 0.02)
+def moments(plan: Plan, mean: float, variance: float) -> tuple[float, float]:
+    """Of x after the plan with the exact network on Gaussian data, through its own columns."""
+    m, v = 0.0, 1.0
+    for i in range(len(plan)):
+        signal, noise = plan.signal[i], plan.noise[i]
+        gain = signal * variance / (signal**2 * variance + noise**2) if plan.evaluate[i] else 0.0
+        b = plan.b[i, 0]
+        factor = plan.a[i] + b * gain
+        m = factor * m + b * (1 - gain * signal) * mean
+        v = factor**2 * v + plan.s[i] ** 2
+    return m, v
+
+
+def by_hand(order: list[int], mean: float, variance: float) -> tuple[float, float]:
+    """The same from the paper's formulas over a list of timesteps, one step of q at a time up."""
+    m, v, ab = 0.0, 1.0, SCHEDULE.alpha_bar
+    for t, s in itertools.pairwise(order):
+        if s > t:
+            for u in range(t + 1, s + 1):
+                m, v = np.sqrt(1 - SCHEDULE.beta[u]) * m, (1 - SCHEDULE.beta[u]) * v
+                v += SCHEDULE.beta[u]
+            continue
+        alpha = ab[t] / ab[s]
+        to_x0 = np.sqrt(ab[s]) * (1 - alpha) / (1 - ab[t])
+        to_x = np.sqrt(alpha) * (1 - ab[s]) / (1 - ab[t])
+        gain = np.sqrt(ab[t]) * variance / (ab[t] * variance + 1 - ab[t])
+        m = (to_x + to_x0 * gain) * m + to_x0 * (1 - gain * np.sqrt(ab[t])) * mean
+        v = (to_x + to_x0 * gain) ** 2 * v + (1 - ab[s]) / (1 - ab[t]) * (1 - alpha)
+    return m, v
+
+
+@pytest.mark.parametrize(("steps", "length", "repeat"), [(200, 40, 3), (50, 7, 2), (20, 1, 4)])
+def test_moments_are_the_closed_form(steps: int, length: int, repeat: int) -> None:
+    plan = time_travel(samplers.ddpm(SCHEDULE, steps, "beta-tilde"), length, repeat)
+    base = [*samplers.ddpm(SCHEDULE, steps, "beta-tilde").t.tolist(), 0]
+    order = base[: length + 1]
+    for first in range(0, steps, length):
+        if first:
+            order += base[first + 1 : first + length + 1]
+        if first + length < steps:
+            order += base[first : first + length + 1] * (repeat - 1)
+    got, expected = moments(plan, 0.4, 0.25), by_hand(order, 0.4, 0.25)
+    assert got == pytest.approx(expected, abs=1e-10)  # float64
+    without = moments(samplers.ddpm(SCHEDULE, steps, "beta-tilde"), 0.4, 0.25)
+    # The mean only forgets its start; the variance has the discretisation's lack, not more than it
+    assert abs(got[0] - 0.4) <= abs(without[0] - 0.4) + 1e-3
+    assert abs(got[1] - 0.25) <= 1.2 * abs(without[1] - 0.25)
+
+
+FIRST_ORDER: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"sampler": "dpmpp", "order": 2}, {"sampler": "dpmpp", "order": 1}),
+    ({"sampler": "dpmpp", "order": 3}, {"sampler": "dpmpp", "order": 1}),
+    ({"sampler": "dpmpp", "sde": True}, {"sampler": "dpmpp", "order": 1, "sde": True}),
+    ({"sampler": "unipc", "order": 3}, {"sampler": "ddim"}),
+]
+
+
+@pytest.mark.parametrize(("multi", "single"), FIRST_ORDER, ids=lambda o: str(o))
+def test_the_first_row_after_a_way_back_is_the_first_order_one(
+    multi: dict[str, Any], single: dict[str, Any]
+) -> None:
+    """Its own step (a, s) with all weight on its own answer: that of the method of order 1."""
+    plan = make_plan(SCHEDULE, steps=12, travel_length=4, travel_repeat=3, **multi)
+    first = make_plan(SCHEDULE, steps=12, **single)
+    anew = np.flatnonzero(plan.restart)[1:]
+    assert len(anew) == 4
+    for i in anew:
+        j = int(np.flatnonzero(first.t == plan.t[i])[0])
+        assert plan.a[i] == pytest.approx(first.a[j], abs=1e-12)
+        assert plan.b[i, 0] == pytest.approx(first.b[j, 0], abs=1e-12)
+        assert plan.s[i] == pytest.approx(first.s[j], abs=1e-12)
+    # and what follows is what the plan does without travel, as soon as it has its history back
+    base = make_plan(SCHEDULE, steps=12, **multi)
+    last = plan.evaluate.nonzero()[0][-1]
+    assert (plan.b[last] == base.b[-1]).all()
 
 
 @pytest.mark.parametrize(
