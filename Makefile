@@ -39,6 +39,7 @@ lint:
 numpy1:
 	$(PYTHON) -m venv $(VENV)-numpy1
 	$(VENV)-numpy1/bin/pip install --quiet 'numpy==1.26.4' pytest "$$(ls dist/*.whl)[cpu]"
+	$(VENV)-numpy1/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
 	$(VENV)-numpy1/bin/pytest -q tests/test_noise.py tests/test_schedule.py tests/test_samplers.py \
 		tests/test_grid.py tests/test_phi.py tests/test_one_step.py tests/test_dpm_solver.py \
 		tests/test_unipc.py tests/test_ipndm.py tests/test_predictor_corrector.py \
