@@ -567,7 +567,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field of timestep": (
         {"timestep": {"offset": -1, "dtype": "int64", "scale": 2}}, "'timestep.scale'"),
     "unknown field of a variant": (
-        {"variants": {"fp32": {"file": "unet.onnx", "library": "a.so"}}}, "'variants.fp32.library"),
+        {"variants": {"fp32": {"file": "unet.onnx", "code": "a.so"}}}, "'variants.fp32.code"),
     "unknown field of a file": ({"files": {"unet.onnx": entry(url="x")}}, "'files.unet.onnx.url'"),
     "unknown field of the schedule": (
         {"schedule": {"rule": "linear", "code": "x"}}, "has no code"),
