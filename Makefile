@@ -45,7 +45,8 @@ numpy1:
 		tests/test_unipc.py tests/test_ipndm.py tests/test_predictor_corrector.py \
 		tests/test_metrics.py tests/test_plan.py tests/test_bundle.py tests/test_generator.py \
 		tests/test_tasks.py tests/test_restoration.py tests/test_time_travel.py \
-		tests/test_inversion.py tests/test_inputs.py tests/test_cli.py tests/test_verify.py tests/test_bench.py tests/test_quality.py
+		tests/test_inversion.py tests/test_inputs.py tests/test_cli.py tests/test_verify.py \
+		tests/test_bench.py tests/test_quality.py
 
 # The built-in bundle again: about 95 minutes on two cores, minutes on a GPU.
 retrain: dev

@@ -19,7 +19,7 @@ from ddpm_edge.images import from_images, to_images
 from ddpm_edge.latents import slerp
 from ddpm_edge.plan import Plan
 from ddpm_edge.reference import Comparison, Reference
-from ddpm_edge.request import DTYPES, MAX_BATCH, Callback, Label, Made, Request, Step, is_many
+from ddpm_edge.request import MAX_BATCH, Callback, Label, Made, Request, Step, check_dtype, is_many
 from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
 from ddpm_edge.runtimes import Engine, open_engine
 from ddpm_edge.samplers import inversion
@@ -249,21 +249,21 @@ class Generator:
         """
         start = time.perf_counter()
         network, runtime = self._open(), self.runtime
+        check_dtype(dtype)
         request = self._request(
             n,
+            sampler,
+            steps,
+            options,
             label=label,
             guidance=guidance,
             guidance_interval=guidance_interval,
             task=task,
             latents=latents,
-            sampler=sampler,
-            steps=steps,
             seed=seed,
             first=first,
             batch=MAX_BATCH if batch is None else batch,
-            dtype=dtype,
             deadline_ms=deadline_ms,
-            **options,
         )
         images = []
         for made in request.made(network, callback):
@@ -302,17 +302,17 @@ class Generator:
         """
         request = self._request(
             n,
+            sampler,
+            steps,
+            options,
             label=label,
             guidance=guidance,
             guidance_interval=guidance_interval,
             task=task,
             latents=latents,
-            sampler=sampler,
-            steps=steps,
             seed=seed,
             first=first,
             deadline_ms=deadline_ms,
-            **options,
         )
         (chunk,) = request.chunks()
         return request.steps(self._open(), chunk)
@@ -467,14 +467,13 @@ class Generator:
         ends = np.concatenate([self._one_state(a, "a"), self._one_state(b, "b")])
         half = None if deadline_ms is None else checks.number("deadline_ms", deadline_ms) / 2
         steps = self._inversion_steps(steps, spacing)
-        asked: dict[str, Any] = {"guidance_interval": guidance_interval, "batch": batch}
-        sampling = options | {
-            "label": label, "guidance": guidance, "sampler": sampler, "steps": steps,
-            "spacing": spacing, "clip": clip, "seed": seed,
-        } | asked  # fmt: skip
-        blank = np.zeros((n, *self.sample_shape), np.float32)
+        check_dtype(dtype)
+        options = {"spacing": spacing, "clip": clip} | options
+        both: dict[str, Any] = {"guidance_interval": guidance_interval, "batch": batch}
+        sampling = {"label": label, "guidance": guidance, "seed": seed} | both
+        blank = np.zeros((n, *self.sample_shape), np.float32)  # found now, not after the inversion
         plan = self._request(
-            n, latents=blank, dtype=dtype, deadline_ms=deadline_ms, **sampling
+            n, sampler, steps, options, latents=blank, deadline_ms=deadline_ms, **sampling
         ).plan
         if plan.s.any():
             raise ConfigError(
@@ -483,17 +482,20 @@ class Generator:
             )
         latents = self._invert(
             ends, steps, spacing=spacing, label=_ends(label), guidance=_ends(guidance),
-            deadline_ms=half, **asked,
+            deadline_ms=half, **both,
         )  # fmt: skip
         if deadline_ms is not None:
             deadline_ms = max(1e-3, deadline_ms - (time.perf_counter() - started) * 1e3)
         images = self.sample(
             n,
             latents=slerp(latents[0], latents[1], n),
+            sampler=sampler,
+            steps=steps,
             dtype=dtype,
             callback=callback,
             deadline_ms=deadline_ms,
             **sampling,
+            **options,
         )
         first, last = to_images(ends, dtype)
         images[0] = first
@@ -506,39 +508,18 @@ class Generator:
     def _request(
         self,
         n: int | None,
-        *,
         sampler: str | None,
         steps: int | None,
-        label: Any = None,
-        guidance: Any = None,
-        guidance_interval: Any = None,
-        task: Task | None = None,
-        latents: Any = None,
-        seed: int | None = None,
-        first: int = 0,
-        batch: int | None = None,
-        dtype: str = "uint8",
-        deadline_ms: float | None = None,
-        **options: Any,
+        options: dict[str, Any],
+        **call: Any,
     ) -> Request:
-        """The checked form of a call's arguments; what is left over are the plan's options."""
+        """The checked form of a call: `options` are the plan's, `call` is for `Request.of`."""
         self._open()
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {checks.shown(dtype)}")
-        return Request.of(
-            self.bundle.manifest,
-            n,
-            label=label,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            task=task,
-            latents=latents,
-            plan=lambda known: self._plan_from(known, sampler, steps, options),
-            seed=seed,
-            first=first,
-            batch=batch,
-            deadline_ms=deadline_ms,
-        )
+
+        def plan(known: Known) -> Plan:
+            return self._plan_from(known, sampler, steps, options)
+
+        return Request.of(self.bundle.manifest, n, plan=plan, **call)
 
     def _one_state(self, image: Any, name: str) -> Float32:
         """One image as a state, float32 (1, C, H, W)."""

@@ -136,12 +136,9 @@ class Plan:
             )
         if not all(np.isfinite(array).all() for array in self._arrays().values()):
             raise ConfigError(f"plan {self.name}: every coefficient must be finite")
-        asked = np.cumsum(self.evaluate)
-        forgotten = np.where(self.restart, asked - self.evaluate, 0)
-        known: Int64 = asked - np.maximum.accumulate(forgotten)  # answers since the last restart
-        missing = (self.b != 0) & (np.arange(self.b.shape[1]) >= known[:, None])
+        missing = never_asked(self.b, self.evaluate, self.restart)
         if missing.any():
-            row = int(np.argmax(missing.any(axis=1)))
+            row = int(np.argmax(missing))
             raise ConfigError(f"plan {self.name}: row {row} uses an answer that was never asked")
 
     def _arrays(self) -> dict[str, Array]:
@@ -214,6 +211,15 @@ class Plan:
                 f"{self.a[i]:10.6f} {self.s[i]:9.6f}  {b}"
             )
         return "\n".join(lines)
+
+
+def never_asked(b: Float64, evaluate: Bool, restart: Bool) -> Bool:
+    """Which rows of a plan use an answer from before their last restart, or the start; (N,)."""
+    asked = np.cumsum(evaluate)
+    forgotten = np.where(restart, asked - evaluate, 0)
+    known: Int64 = asked - np.maximum.accumulate(forgotten)  # answers since the last restart
+    missing: Bool = ((b != 0) & (np.arange(b.shape[1]) >= known[:, None])).any(axis=1)
+    return missing
 
 
 class Row(NamedTuple):

@@ -196,7 +196,7 @@ class Matrix(Operator):
         image_shape: (H, W, C).
 
     Raises:
-        ConfigError: another shape, NaN or infinity, or nothing but zeros.
+        ConfigError: another shape, NaN or infinity, or a largest value outside 1e-9 to 1e9.
     """
 
     disjoint = False

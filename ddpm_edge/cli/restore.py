@@ -20,7 +20,7 @@ from ddpm_edge.tasks import Task
 FILE = click.Path(path_type=Path)
 
 
-def from_images(command: Callable[..., None]) -> Callable[..., None]:
+def image_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """What the commands that take image files share."""
     for option in (
         click.option("-n", "count", type=int, help="Answers to one image.  [default: 1]"),
@@ -43,7 +43,7 @@ def noise_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@from_images
+@image_arguments
 @click.option(
     "--mask",
     "masks",
@@ -70,7 +70,7 @@ def inpaint(images: tuple[Path, ...], masks: tuple[Path, ...], sigma_y: float, *
 
 
 @click.command()
-@from_images
+@image_arguments
 @click.option("--factor", type=int, default=2, show_default=True, help="How much larger, 2, 3, ...")
 @noise_option
 @image_options
@@ -89,7 +89,7 @@ def upscale(images: tuple[Path, ...], factor: int, sigma_y: float, **call: Any) 
 
 
 @click.command()
-@from_images
+@image_arguments
 @click.option(
     "--strength",
     type=float,

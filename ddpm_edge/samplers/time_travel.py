@@ -13,7 +13,7 @@ import numpy as np
 from ddpm_edge import checks
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.noise import Stream
-from ddpm_edge.plan import Plan
+from ddpm_edge.plan import Plan, never_asked
 from ddpm_edge.schedule import transition
 
 MAX_ROWS = 100_000
@@ -65,17 +65,12 @@ def time_travel(plan: Plan, length: int, repeat: int) -> Plan:
         plan.signal[above], plan.noise[above], plan.signal[below], plan.noise[below]
     )
     s[back] = np.sqrt(variance)
-    restart = np.append(True, back[:-1])
-    known = np.zeros(len(order), np.int64)  # answers since the last way back, with this row's own
-    for i in range(len(order)):
-        known[i] = 1 if restart[i] else known[i - 1] + (not back[i])
-    width = plan.b.shape[1]
-    depth = np.where(plan.b != 0, np.arange(width) + 1, 0).max(axis=1)[at]
+    evaluate, restart = plan.evaluate[at] & ~back, np.append(True, back[:-1])
     b = plan.b[at]
-    short = depth > known
-    b[short] = 0.0
-    b[short, 0] = plan.b[at][short].sum(axis=1)
     b[back] = 0.0
+    short = never_asked(b, evaluate, restart)
+    b[short, 0] = b[short].sum(axis=1)
+    b[short, 1:] = 0.0
     return replace(
         plan,
         name=f"{plan.name[:-1]}, travel_length={length}, travel_repeat={repeat})",
@@ -85,7 +80,7 @@ def time_travel(plan: Plan, length: int, repeat: int) -> Plan:
         a=a,
         b=b,
         s=s,
-        evaluate=plan.evaluate[at] & ~back,
+        evaluate=evaluate,
         restart=restart,
         stream=np.where(back, Stream.TRAVEL, plan.stream[at]),
         row=np.arange(len(order)),
