@@ -6,6 +6,7 @@ Accelerate), so n processes with batch B train as one with batch n B.
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Workers:
         accelerator = Accelerator(
             cpu=resolve_device(device).type == "cpu", mixed_precision="no", log_with=None
         )
+        atexit.register(_leave, accelerator)
         return cls(
             accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator
         )
@@ -84,6 +86,16 @@ class Workers:
     def rows(self, whole: Tensor) -> Tensor:
         """The rows of a whole batch, (count B, ...), that are this process's: (B, ...)."""
         return whole if self.count == 1 else whole.chunk(self.count)[self.index]
+
+
+def _leave(accelerator: Any) -> None:
+    """End the process group, and its threads, while there is an interpreter.
+
+    A thread that still holds a tensor of the last sum when Python ends aborts the process.
+    The group ends only when no model refers to it.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def resolve_device(name: str) -> torch.device:
