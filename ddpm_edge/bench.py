@@ -16,8 +16,8 @@ from ddpm_edge import checks
 from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.generator import Generator
-from ddpm_edge.runtimes import Engine, open_engine
+from ddpm_edge.generator import Generator, open_bundle
+from ddpm_edge.runtimes import Engine
 
 PROC_STATUS = "/proc/self/status"  # Linux
 
@@ -33,6 +33,7 @@ class TimedEngine:
         self._engine, self.seconds = engine, 0.0
         self.runtime, self.device = engine.runtime, engine.device
         self.inputs, self.outputs = engine.inputs, engine.outputs
+        self.max_batch = engine.max_batch
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""
@@ -135,6 +136,8 @@ def bench(
     device: str | None = None,
     variant: str | None = None,
     threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    build: str = "never",
     progress: Progress | None = None,
     **plan: Any,
 ) -> Report:
@@ -148,6 +151,8 @@ def bench(
         device: see `Generator.load`.
         variant: see `Generator.load`.
         threads: see `Generator.load`.
+        cache_dir: see `Generator.load`.
+        build: see `Generator.load`.
         progress: called after every run.
         **plan: sampler, steps and the sampler's options; see `Generator.plan`.
 
@@ -162,10 +167,10 @@ def bench(
     start = time.perf_counter()
     bundle = Bundle.open(path)
     plan_name = bundle.manifest.make_plan(**plan).name
-    variant, model = bundle.model(variant)
     if bundle.manifest.class_names:
         plan["label"] = 0  # not every model can do without
-    engine = TimedEngine(open_engine(model, runtime, device, threads))
+    variant, opened = open_bundle(bundle, runtime, device, variant, threads, cache_dir, build)
+    engine = TimedEngine(opened)
     with engine, Generator(bundle, engine, variant) as generator:
         load_ms = (time.perf_counter() - start) * 1e3
         generator.sample(1, seed=0, **plan)

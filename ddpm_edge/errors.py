@@ -66,6 +66,22 @@ class RuntimeUnavailableError(DdpmEdgeError, RuntimeError):
     """A runtime or device that was asked for and is not there."""
 
 
+class EngineMissingError(DdpmEdgeError, RuntimeError):
+    """An engine that must be built on this device first. Its message says the command."""
+
+
+class EngineLostError(DdpmEdgeError, RuntimeError):
+    """The GPU was lost to this process, and every engine with it: restart the process."""
+
+
+class BuildError(DdpmEdgeError, RuntimeError):
+    """A network that a builder could not turn into an engine."""
+
+
+class CacheWarning(UserWarning):
+    """What was built could not be kept for the next time."""
+
+
 class ForkError(DdpmEdgeError, RuntimeError):
     """A Generator of the parent process used in a forked child."""
 

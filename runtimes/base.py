@@ -40,6 +40,11 @@ class Engine(Protocol):
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
 
+    @property
+    def max_batch(self) -> int | None:
+        """The largest batch of a call; None = what memory allows."""
+        ...
+
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model; the outputs are the caller's to keep.
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import threading
 import time
 from collections.abc import Mapping
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import ClosedError, EngineError, RuntimeUnavailableError
+from ddpm_edge.errors import (
+    ClosedError,
+    EngineError,
+    EngineLostError,
+    RuntimeUnavailableError,
+)
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
+from ddpm_edge.runtimes.interrupt import interruptibly, sees_interrupts
 
 log = logging.getLogger("ddpm_edge")
 
@@ -26,8 +33,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
 }
 OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory")
+LOST = (
+    "illegal memory access", "unspecified launch failure", "device-side assert",
+    "misaligned address", "illegal instruction", "uncorrectable ECC",
+)  # fmt: skip
 SLOW_SECONDS = 0.1  # a call that takes longer must itself be interruptible
-POLL_SECONDS = 0.1  # on Windows a wait for another thread does not see Ctrl-C before its end
 
 
 class OnnxRuntimeEngine:
@@ -37,6 +47,8 @@ class OnnxRuntimeEngine:
         model: an .onnx file, or its bytes.
         device: "cpu", "cuda" or "cuda:N"; None = a GPU that really works, else the CPU.
         threads: CPU threads of one call; None = ONNX Runtime's choice, the physical cores.
+        optimize: whether ONNX Runtime may change the graph; without, every node is computed as it
+            stands there.
 
     Raises:
         RuntimeUnavailableError: onnxruntime is not installed, or the device is not there.
@@ -45,9 +57,14 @@ class OnnxRuntimeEngine:
 
     runtime = NAME
     concurrent = True  # InferenceSession.run may be called from several threads
+    max_batch = None
 
     def __init__(
-        self, model: str | Path | bytes, device: str | None = None, threads: int | None = None
+        self,
+        model: str | Path | bytes,
+        device: str | None = None,
+        threads: int | None = None,
+        optimize: bool = True,
     ) -> None:
         try:
             import onnxruntime
@@ -59,9 +76,13 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3  # errors only: warnings would go to the app's stderr
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not optimize:
+            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.graph_optimization_level = level
         provider, number = _provider(device, onnxruntime.get_available_providers())
         providers: list[Any] = ["CPUExecutionProvider"]
         if provider == "CUDAExecutionProvider":
+            _load_cuda_libraries()
             providers.insert(0, (provider, {"device_id": number, "use_tf32": 0}))
         source = model if isinstance(model, bytes) else str(model)
         session = _open(source, options, providers, by_name=device is not None)
@@ -76,6 +97,7 @@ class OnnxRuntimeEngine:
         self.inputs = {i.name: _spec(i) for i in session.get_inputs()}
         self.outputs = {o.name: _spec(o) for o in session.get_outputs()}
         self._session: Any = session
+        self._bound = Bound(session, self.outputs, number) if self.device != "cpu" else None
         self._options = _run_options()
         self._seconds_a_sample = math.inf  # of the last call: nobody knows before the first
 
@@ -89,8 +111,10 @@ class OnnxRuntimeEngine:
         slow = batch * self._seconds_a_sample > SLOW_SECONDS
         start = time.perf_counter()
         try:
-            if slow and _sees_interrupts():
+            if slow and sees_interrupts():
                 answers = _run_interruptibly(session, names, feed)
+            elif self._bound is not None:
+                answers = self._bound.run(feed, batch, self._options)
             else:
                 answers = session.run(names, feed, self._options)
         except Exception as error:  # its exception classes have only Exception in common
@@ -100,13 +124,73 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Free the session (see `Engine`)."""
-        self._session = None
+        self._session = self._bound = None
 
     def __enter__(self) -> OnnxRuntimeEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Bound:
+    """Inputs and outputs that stay on the device, so that nothing is allocated there per call.
+
+    Each thread has its own. They are made anew where the batch changes.
+
+    Args:
+        session: what runs.
+        outputs: what it gives, every dimension but the batch known.
+        number: of the device.
+        device: ONNX Runtime's word for the kind of device.
+    """
+
+    def __init__(
+        self, session: Any, outputs: Mapping[str, TensorSpec], number: int, device: str = "cuda"
+    ) -> None:
+        self._session, self._outputs = session, outputs
+        self._device, self._number = device, number
+        self._own = threading.local()
+
+    def run(self, arrays: Mapping[str, Array], batch: int, options: Any) -> list[Array]:
+        """`session.run`, the outputs in order."""
+        own = self._own
+        if getattr(own, "batch", None) != batch:
+            own.batch = None
+            own.binding, own.inputs, own.outputs = self._bind(arrays, batch)
+            own.batch = batch
+        for name, array in arrays.items():
+            own.inputs[name].update_inplace(np.ascontiguousarray(array))
+        self._session.run_with_iobinding(own.binding, options)
+        return [np.array(own.outputs[name].numpy()) for name in self._outputs]
+
+    def _bind(self, arrays: Mapping[str, Array], batch: int) -> tuple[Any, Any, Any]:
+        from onnxruntime import OrtValue
+
+        binding = self._session.io_binding()
+        inputs, outputs = {}, {}
+        for name, array in arrays.items():
+            inputs[name] = OrtValue.ortvalue_from_numpy(
+                np.ascontiguousarray(array), self._device, self._number
+            )
+            binding.bind_ortvalue_input(name, inputs[name])
+        for name, spec in self._outputs.items():
+            shape = [batch, *(size or 1 for size in spec.shape[1:])]
+            outputs[name] = OrtValue.ortvalue_from_shape_and_type(
+                shape, spec.dtype.type, self._device, self._number
+            )
+            binding.bind_ortvalue_output(name, outputs[name])
+        return binding, inputs, outputs
+
+
+def _load_cuda_libraries() -> None:
+    """Let ONNX Runtime find CUDA's libraries where pip put them; it prints what it lacks."""
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            preload()
 
 
 def _open(source: str | bytes, options: Any, providers: list[Any], by_name: bool) -> Any:
@@ -131,35 +215,23 @@ def _run_options() -> Any:
     return options
 
 
-def _sees_interrupts() -> bool:
-    """Whether this is the main thread, and the program is not yet ending (no new threads then)."""
-    me = threading.current_thread()
-    return me is threading.main_thread() and me.is_alive()
-
-
 def _run_interruptibly(session: Any, names: list[str], feed: dict[str, Array]) -> Any:
-    """`session.run`, ended early by whatever interrupts the main thread, which calls this.
-
-    Python acts on Ctrl-C, or on any signal that the app handles, only between two instructions of
-    the main thread. So another thread runs the session, for this one call, while the main thread
-    waits. ONNX Runtime ends a run between two of the model's operators. The hand-off costs a few
-    tenths of a millisecond: not for a model that is done in milliseconds.
-    """
+    """`session.run`, ended between two of the model's operators by what interrupts this thread."""
     options = _run_options()
-    with futures.ThreadPoolExecutor(1) as helper:  # leaving it waits for the end of the run
-        try:
-            run = helper.submit(session.run, names, feed, options)
-            while not futures.wait([run], timeout=POLL_SECONDS).done:
-                pass
-        except BaseException:
-            options.terminate = True
-            raise
-    return run.result()
+
+    def terminate() -> None:
+        options.terminate = True
+
+    return interruptibly(lambda: session.run(names, feed, options), terminate)
 
 
 def _what_failed(error: Exception) -> Exception:
     """A failure of `session.run` as the error that an Engine promises."""
     text = str(error).strip()
+    if any(sign in text for sign in LOST):
+        return EngineLostError(
+            f"the GPU is lost to this process (ONNX Runtime: {text}); restart the process"
+        )
     if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         return MemoryError(f"ONNX Runtime: {text}")
     return EngineError(

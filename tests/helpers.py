@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ToyEngine:
     """prediction = tanh(x + t / 1000 + label / 10): an Engine in one line of NumPy."""
 
-    runtime, device, concurrent = "toy", "cpu", True
+    runtime, device, concurrent, max_batch = "toy", "cpu", True, None
 
     def __init__(self, sample_shape: tuple[int, ...] = (1, 28, 28), labelled: bool = True) -> None:
         image = TensorSpec((None, *sample_shape), np.dtype(np.float32))

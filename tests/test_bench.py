@@ -22,7 +22,7 @@ from ddpm_edge.runtimes import Engine, open_engine
 def engine(monkeypatch: pytest.MonkeyPatch) -> ToyEngine:
     """What bench opens: microseconds a step."""
     toy = ToyEngine()
-    monkeypatch.setattr(module, "open_engine", lambda *_: toy)
+    monkeypatch.setattr("ddpm_edge.generator.open_engine", lambda *_: toy)
     return toy
 
 
@@ -157,6 +157,6 @@ def test_command_errors(arguments: list[str], code: int, message: str) -> None:
 
 def test_the_real_thing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(module, "open_engine", open_engine)
+    monkeypatch.setattr("ddpm_edge.generator.open_engine", open_engine)
     report = bench(batches=[1], runs=1, steps=1, device="cpu", threads=1)
     assert report.runtime == "onnxruntime on cpu"

@@ -24,6 +24,7 @@ class TorchEngine:
 
     runtime = "torch"
     concurrent = False
+    max_batch = None
 
     def __init__(
         self, model: nn.Module, sample_shape: tuple[int, int, int], labelled: bool
