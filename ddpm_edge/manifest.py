@@ -19,6 +19,7 @@ from ddpm_edge.schedule import Schedule
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+MEASURES = ("max_abs_error", "relative_error", "ratio")  # what a figure of the gate may be
 MAX_TIMESTEPS = 10_000  # a longer schedule is refused before its arrays are made
 
 
@@ -34,7 +35,8 @@ class Manifest:
         timestep_offset: the network is fed t + offset, t in 1..T, as int64.
         class_names: one a label; empty = the model takes no label.
         plan: arguments of the default plan: "sampler", "steps" and the sampler's options.
-        variants: precision -> {"file": name, ...figures of its parity gate}.
+        variants: precision -> {"file": name, "parity": figures of its gate, and of half precision
+            "kept_in_fp32": more layers, "ladder": why these or another precision}.
         training: how the weights came to be.
         licence: SPDX name for the weights.
         variance: what sampler "ddpm" takes unless told otherwise, "beta" or "beta-tilde".
@@ -211,12 +213,18 @@ class Manifest:
 
 
 def _variant(where: str, variant: dict[str, Any]) -> dict[str, Any]:
-    """A checked entry of `variants`: its file, and two numbers for each figure of its gate."""
-    known_keys(f"{where}.", variant, ["file", "parity"])
+    """A checked entry of `variants`: file, figures of the gate, what was done to pass it."""
+    known_keys(f"{where}.", variant, ["file", "parity", "kept_in_fp32", "ladder"])
     typed(variant["file"], str)
+    for key in ("kept_in_fp32", "ladder"):
+        for line in typed(variant.get(key, []), list):
+            typed(line, str)
     for what, figure in typed(variant.get("parity", {}), dict).items():
-        known_keys(f"{where}.parity.{what}.", figure, ["max_abs_error", "tolerance"])
-        for key in ("max_abs_error", "tolerance"):
+        known_keys(f"{where}.parity.{what}.", figure, [*MEASURES, "tolerance"])
+        measures = figure.keys() & set(MEASURES)
+        if len(measures) != 1:
+            raise TypeError(f"{where}.parity.{what} must have one of {', '.join(MEASURES)}")
+        for key in (*measures, "tolerance"):
             checks.number(f"{where}.parity.{what}.{key}", figure[key])
     return dict(variant)
 

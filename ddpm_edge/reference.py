@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -20,8 +20,15 @@ from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import Plan
 from ddpm_edge.sampling import Network, sample_states
 
+MAX_ABS = "max_abs_error"
+RELATIVE = "relative_error"  # root mean square of the difference over that of torch's
+RATIO = "ratio"
 ANSWER_TOLERANCE = 1e-4  # float32 rounding through some 50 layers, values of about 1
 IMAGE_TOLERANCE = 1e-3  # a quarter of one of 256 grey levels, values in [-1, 1]
+# Half precision rounds every layer's tensors by up to this share, independently: ten times as much
+# is what some 50 layers may add up to (7 if all rounded by the most, at random).
+ROUNDING = {"fp16": 2.0**-11, "bf16": 2.0**-8}
+HALF_TOLERANCE = 10
 SEED = 20_200_619  # of all draws here
 TIMESTEPS = 8
 SAMPLES = 4
@@ -32,29 +39,54 @@ MOST = 64  # answers or images that a reference may hold
 
 @dataclass(frozen=True)
 class Comparison:
-    """A largest absolute difference, and how large it may be."""
+    """A difference, and how large it may be.
+
+    Attributes:
+        what: was compared.
+        error: the difference.
+        tolerance: how large it may be.
+        measure: of the difference: MAX_ABS, RELATIVE, or a RATIO of what `what` says.
+    """
 
     what: str
-    max_abs_error: float
+    error: float
     tolerance: float
+    measure: str = MAX_ABS
 
     @property
     def passed(self) -> bool:
         """Whether it is within the tolerance; NaN is not."""
-        return self.max_abs_error <= self.tolerance
+        return self.error <= self.tolerance
 
     @property
     def figures(self) -> str:
         """Both numbers, for people."""
-        return f"max abs error {self.max_abs_error:.1e} (tolerance {self.tolerance:.0e})"
+        measure = self.measure.replace("_", " ")
+        return f"{measure} {self.error:.1e} (tolerance {self.tolerance:.0e})"
 
     def __str__(self) -> str:
         return f"{self.what}: {self.figures}"
 
+    def figure(self) -> dict[str, float]:
+        """Both numbers, for a bundle."""
+        return {self.measure: self.error, "tolerance": self.tolerance}
 
-def compare(what: str, ours: Array, torchs: Array, tolerance: float) -> Comparison:
+    @classmethod
+    def of_figure(cls, what: str, figure: Mapping[str, float]) -> Comparison:
+        """The inverse of `figure`."""
+        ((measure, error),) = ((k, v) for k, v in figure.items() if k != "tolerance")
+        return cls(what, error, figure["tolerance"], measure)
+
+
+def compare(
+    what: str, ours: Array, torchs: Array, tolerance: float, measure: str = MAX_ABS
+) -> Comparison:
     """Compare two arrays of one shape."""
-    return Comparison(what, float(np.max(np.abs(ours - torchs))), tolerance)
+    difference = ours.astype(np.float64) - torchs
+    if measure == MAX_ABS:
+        return Comparison(what, float(np.max(np.abs(difference))), tolerance, measure)
+    error = np.sqrt(np.mean(difference**2) / np.mean(torchs.astype(np.float64) ** 2))
+    return Comparison(what, float(error), tolerance, measure)
 
 
 @dataclass(frozen=True)
@@ -118,19 +150,29 @@ class Reference:
     ) -> Array:
         """What the network samples by the chain, or by another plan from a given state."""
         chosen = self.plan(network) if plan is None else plan
-        samples = range(len(self.images))
-        *_, last = sample_states(
-            network, chosen, self.seed, samples, self.images_label, start=start
-        )
-        return last.x
+        n, most = len(self.images), network.batch(guided=False)
+        parts = []
+        for i in range(0, n, most):  # an engine may take less than all of them
+            part = slice(i, min(i + most, n))
+            labels = None if self.images_label is None else self.images_label[part]
+            begin = None if start is None else start[part]
+            samples = range(part.start, part.stop)
+            *_, last = sample_states(network, chosen, self.seed, samples, labels, start=begin)
+            parts.append(last.x)
+        return np.concatenate(parts)
 
-    def compare(self, network: Network) -> Iterator[Comparison]:
-        """Hold another network against it, one comparison after the other."""
-        for batch in BATCHES:
+    def compare(self, network: Network, variant: str = "fp32") -> Iterator[Comparison]:
+        """Hold another network, of this precision, against it, one comparison after the other."""
+        if variant in ROUNDING:
+            answers = images = HALF_TOLERANCE * ROUNDING[variant]
+            measure = RELATIVE
+        else:
+            answers, images, measure = ANSWER_TOLERANCE, IMAGE_TOLERANCE, MAX_ABS
+        for batch in sorted({min(batch, network.batch(guided=False)) for batch in BATCHES}):
             ours = self.answers_of(network, batch)
-            yield compare(f"answers at batch {batch}", ours, self.answer, ANSWER_TOLERANCE)
+            yield compare(f"answers at batch {batch}", ours, self.answer, answers, measure)
         what = f"{self.steps}-step DDIM"
-        yield compare(what, self.images_of(network), self.images, IMAGE_TOLERANCE)
+        yield compare(what, self.images_of(network), self.images, images, measure)
 
     def to_bytes(self) -> bytes:
         """The content of reference.npz."""

@@ -1,4 +1,4 @@
-"""The parity gate: an exported network must answer, and sample, as torch does.
+"""The parity gates: an exported network must answer, and sample, as torch does.
 
 Three comparisons, each a largest absolute difference: the network's answers at timesteps spread
 over 1..T, a short DDIM chain, and the end of Algorithm 2 (all of it with `full`). Chains use the
@@ -7,16 +7,25 @@ same noise on both sides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ddpm_edge import noise, samplers
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import ParityError
-from ddpm_edge.reference import IMAGE_TOLERANCE, Comparison, Reference, compare
-from ddpm_edge.sampling import Network
+from ddpm_edge.features import FeatureNetwork
+from ddpm_edge.images import to_images
+from ddpm_edge.metrics import Moments, frechet_distance
+from ddpm_edge.reference import IMAGE_TOLERANCE, RATIO, Comparison, Reference, compare
+from ddpm_edge.sampling import Network, sample_states
 
 TAIL = 50  # steps of Algorithm 2 that the quick gate runs
+SAMPLES = 500  # for the Frechet distance, which takes more of them than there are features
+CHUNK = 20
+GRID = 8
+FRECHET_TOLERANCE = 0.1  # a tenth of what other noise changes is not seen
 
 Report = Callable[[Comparison], None]
 
@@ -47,8 +56,7 @@ def check(
         if not comparison.passed:
             raise ParityError(
                 f"{comparison.what}: the exported network differs from torch by "
-                f"{comparison.max_abs_error:.3g}, tolerance {comparison.tolerance:.0e}; nothing "
-                "was written"
+                f"{comparison.error:.3g}, tolerance {comparison.tolerance:.0e}; nothing was written"
             )
     return comparisons, reference
 
@@ -68,3 +76,59 @@ def _comparisons(
         start = schedule.q_sample(reference.images, int(plan.t[0]), eps).astype(np.float32)
     ours, theirs = (reference.images_of(which, plan, start) for which in (network, torchs))
     yield compare(what, ours, theirs, IMAGE_TOLERANCE)
+
+
+class HalfGate:
+    """The gate of half-precision variants, against torch's answers and float32's samples.
+
+    Half precision is computed for real: every tensor is rounded to it (see `precision.rounded`).
+
+    Args:
+        single: the float32 model, on an engine.
+        reference: torch's answers.
+        full: also compare the samples' Frechet distance, which takes 1,500 images.
+    """
+
+    def __init__(self, single: Network, reference: Reference, full: bool) -> None:
+        self.single, self.reference, self.full = single, reference, full
+
+    def comparisons(self, network: Network, precision: str) -> Iterator[Comparison]:
+        """Hold a variant, its rounding done, against torch and float32."""
+        yield from self.reference.compare(network, precision)
+        if self.full:
+            same, another = self._single_moments
+            distance = frechet_distance(_moments(network, seed=0), same)
+            floor = frechet_distance(another, same)
+            what = f"Frechet distance of {SAMPLES} samples to fp32's, over that of another seed's"
+            yield Comparison(what, distance / floor, FRECHET_TOLERANCE, RATIO)
+
+    @functools.cached_property
+    def _single_moments(self) -> tuple[Moments, Moments]:
+        return _moments(self.single, seed=0), _moments(self.single, seed=1)
+
+
+def _moments(network: Network, seed: int) -> Moments:
+    """Of the features of SAMPLES images of the default plan, labels in turn."""
+    manifest = network.manifest
+    plan, classes = manifest.make_plan(), len(manifest.class_names)
+    features = []
+    for first in range(0, SAMPLES, CHUNK):
+        samples = range(first, first + CHUNK)
+        labels = np.arange(first, first + CHUNK) % classes if classes else None
+        *_, last = sample_states(network, plan, seed, samples, labels)
+        features.append(_features(last.x))
+    return Moments.of(np.concatenate(features))
+
+
+def _features(x: Array) -> Array:
+    """What is compared of states (N, C, H, W): the feature network's view, or small means.
+
+    There is no feature network for every kind of image. A difference between two precisions of one
+    network, from the same noise, shows in the means over an 8 x 8 grid as well.
+    """
+    if x.shape[1:] == (1, 28, 28):
+        with FeatureNetwork.fashion_mnist(device="cpu") as network:
+            return network(to_images(x, "float32")).features
+    rows, columns = (np.array_split(np.arange(n), min(n, GRID)) for n in x.shape[2:])
+    means = [x[:, :, r][:, :, :, c].mean(axis=(2, 3)) for r in rows for c in columns]  # (N, C)
+    return np.concatenate(means, axis=1)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddpm_edge.bundle import REFERENCE, Bundle, check_target, write_bundle
-from ddpm_edge.errors import BundleError, ConfigError, ExportError
-from ddpm_edge.export.gate import Report, check
+from ddpm_edge.errors import BundleError, ConfigError, ExportError, RuntimeUnavailableError
+from ddpm_edge.export.gate import HalfGate, Report, check
+from ddpm_edge.export.variants import FILES, VARIANTS, Variant, half_variant
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.onnx_check import check_model
+from ddpm_edge.reference import Reference
 from ddpm_edge.samplers import default_plan, override
 from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule
@@ -20,8 +23,9 @@ from ddpm_edge.schedule import Schedule
 if TYPE_CHECKING:
     from torch import nn
 
-MODEL_FILE = "unet.onnx"
 GATES = ("quick", "full")
+
+log = logging.getLogger("ddpm_edge")
 
 
 def export(
@@ -39,6 +43,7 @@ def export(
     plan: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     licence: str = "",
+    variants: Sequence[str] = ("fp32",),
     gate: str = "quick",
     report: Report | None = None,
 ) -> Bundle:
@@ -61,10 +66,14 @@ def export(
             `samplers.default_plan`.
         training: how the weights came to be.
         licence: SPDX name for the weights.
-        gate: "quick", or "full" to compare all T steps of Algorithm 2.
+        variants: precisions, of VARIANTS. Half precision that does not pass its gate gives way
+            to a higher one, logged and recorded (see `variants.half_variant`).
+        gate: "quick", or "full" to compare all T steps of Algorithm 2, and of half precision the
+            Frechet distance of 500 samples.
         report: called with each Comparison of the gate.
 
     Raises:
+        ConfigError: an argument that cannot be; nothing was done then.
         ExportError: the network cannot be exported as it is; the message names what in it.
         ParityError: the exported network answers differently; nothing is written then.
         RuntimeUnavailableError: a package that export needs is missing.
@@ -76,8 +85,7 @@ def export(
 
     path = Path(path)
     check_target(path)
-    if gate not in GATES:
-        raise ConfigError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
+    check_choices(variants, gate)
     channels, height, width = sample_shape
     manifest = Manifest(
         name=name or path.name,
@@ -87,7 +95,7 @@ def export(
         timestep_offset=timestep_offset,
         class_names=tuple(class_names),
         plan=override(default_plan(schedule), plan or {}),
-        variants={"fp32": {"file": MODEL_FILE}},
+        variants={"fp32": {"file": FILES["fp32"]}},
         training=dict(training or {}),
         licence=licence,
         variance=variance,
@@ -103,12 +111,94 @@ def export(
         comparisons, reference = check(
             Network(engine, manifest), torchs, full=gate == "full", report=report
         )
-    parity = {
-        c.what: {"max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in comparisons
-    }
-    variants = {"fp32": {"file": MODEL_FILE, "parity": parity}}
-    files = {MODEL_FILE: data, REFERENCE: reference.to_bytes()}
-    return write_bundle(path, Manifest(**{**vars(manifest), "variants": variants}), files)
+    entry = {"file": FILES["fp32"], "parity": {c.what: c.figure() for c in comparisons}}
+    single = Variant("fp32", data, entry)
+    return write_variants(path, manifest, single, reference, variants, gate, report)
+
+
+def export_bundle(
+    bundle: str | Path,
+    path: str | Path,
+    *,
+    variants: Sequence[str] = ("fp32",),
+    gate: str = "quick",
+    report: Report | None = None,
+) -> Bundle:
+    """A bundle again, in other precisions; needs onnx, but no torch. Arguments as for `export`.
+
+    Raises:
+        BundleError: not a bundle, or one without fp32 or without reference.npz.
+        ConfigError: an argument that cannot be.
+    """
+    path = Path(path)
+    check_target(path)
+    check_choices(variants, gate)
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    if "fp32" not in manifest.variants or REFERENCE not in opened.files:
+        raise BundleError(
+            f"{opened.path} has no fp32, or no {REFERENCE}: other precisions are made of the one "
+            "and held against the other; export the model again"
+        )
+    single = Variant("fp32", opened.model("fp32")[1], dict(manifest.variants["fp32"]))
+    reference = Reference.from_bytes(opened.read(REFERENCE), manifest)
+    return write_variants(path, manifest, single, reference, variants, gate, report)
+
+
+def write_variants(
+    path: Path,
+    manifest: Manifest,
+    single: Variant,
+    reference: Reference,
+    wanted: Sequence[str],
+    gate: str,
+    report: Report | None,
+) -> Bundle:
+    """Write a bundle with the precisions that are wanted, or those that passed instead."""
+    from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
+
+    made = {"fp32": single} if "fp32" in wanted else {}
+    halves = [name for name in VARIANTS if name in wanted and name != "fp32"]
+    if halves:
+        try:
+            import onnx
+        except ImportError as error:
+            raise RuntimeUnavailableError(
+                f"half precision needs onnx ({error}); pip install 'ddpm-edge[export]'"
+            ) from error
+        model = onnx.load_from_string(single.data)
+        with OnnxRuntimeEngine(single.data, device="cpu") as engine:
+            half_gate = HalfGate(Network(engine, manifest), reference, gate == "full")
+            for name in halves:
+                variant, failed = half_variant(model, name, half_gate, report)
+                for line in failed:
+                    log.warning("not taken: %s", line)
+                if variant is None:
+                    entry = single.entry | {"ladder": failed}
+                    variant = Variant("fp32", single.data, entry)
+                made.setdefault(variant.name, variant)
+                if variant.name != name:
+                    log.warning("%s is written instead of %s", variant.name, name)
+    files = {variant.entry["file"]: variant.data for variant in made.values()}
+    entries = {name: made[name].entry for name in VARIANTS if name in made}
+    whole = Manifest(**{**vars(manifest), "variants": entries})
+    return write_bundle(path, whole, {**files, REFERENCE: reference.to_bytes()})
+
+
+def check_choices(variants: Sequence[str], gate: str) -> None:
+    """Refuse precisions and gates that are none.
+
+    Raises:
+        ConfigError: with what there is.
+    """
+    if gate not in GATES:
+        raise ConfigError(f"gate must be one of {', '.join(GATES)}; got {gate!r}")
+    names = [variants] if isinstance(variants, str) else list(variants)
+    for name in names:
+        if name not in VARIANTS:
+            raise ConfigError(f"variants are {', '.join(VARIANTS)}; got {name!r}")
+    if not names:
+        raise ConfigError(f"no variant is wanted; give some of {', '.join(VARIANTS)}")
 
 
 def export_run(run: str | Path, path: str | Path, **arguments: Any) -> Bundle:

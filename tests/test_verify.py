@@ -110,7 +110,7 @@ def test_round_trip(reference: Reference) -> None:
     for name, value in vars(reference).items():
         assert np.array_equal(getattr(again, name), value), name
     network = Network(ToyEngine(), Bundle.open().manifest)
-    assert [c.max_abs_error for c in again.compare(network)] == [0.0, 0.0, 0.0]
+    assert [c.error for c in again.compare(network)] == [0.0, 0.0, 0.0]
 
 
 def test_it_covers_all_timesteps_and_labels(reference: Reference) -> None:

@@ -61,7 +61,11 @@ def info(
     rows |= {f"trained: {key}": value for key, value in manifest.training.items()}
     for variant, entry in manifest.variants.items():
         for what, figure in entry.get("parity", {}).items():
-            rows[f"{variant}: {what}"] = Comparison(what, **figure).figures
+            rows[f"{variant}: {what}"] = Comparison.of_figure(what, figure).figures
+        if entry.get("kept_in_fp32"):
+            rows[f"{variant}: also in fp32"] = ", ".join(entry["kept_in_fp32"])
+        for line in entry.get("ladder", []):
+            rows[f"{variant}: because"] = line
     width = max(len(name) for name in rows)
     for name, value in rows.items():
         text = " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def verify(bundle: Path | None, as_json: bool, where: dict[str, Any]) -> None:
                 "runtime": generator.runtime,
                 "variant": generator.variant,
                 "passed": passed,
-                "comparisons": [asdict(comparison) for comparison in comparisons],
+                "comparisons": [{"what": c.what, **c.figure()} for c in comparisons],
             }
             click.echo(json.dumps(report))
     if not passed:

@@ -1,0 +1,206 @@
+"""Half-precision variants of a float32 model: a ladder that is climbed until a gate is passed.
+
+fp16, fp16 with more layers in float32, bf16, and then nothing but float32. What failed, and the
+layer that broke, is recorded in the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ddpm_edge.arrays import Array
+from ddpm_edge.errors import NonFiniteError
+from ddpm_edge.export.gate import HalfGate, Report
+from ddpm_edge.export.precision import (
+    HALF,
+    LARGEST,
+    float_tensors,
+    half_nodes,
+    layers,
+    rounded,
+    to_half,
+)
+from ddpm_edge.export.to_onnx import onnx_bytes
+from ddpm_edge.manifest import Manifest
+from ddpm_edge.reference import Comparison, Reference
+from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
+from ddpm_edge.sampling import Network
+
+if TYPE_CHECKING:
+    import onnx
+
+VARIANTS = ("fp32", *HALF)
+FILES = {"fp32": "unet.onnx", "fp16": "unet.fp16.onnx", "bf16": "unet.bf16.onnx"}
+MARGIN = 2.0  # layers that come within this factor of overflow stay in float32
+
+
+class Variant(NamedTuple):
+    """A model that has passed its gate.
+
+    Attributes:
+        name: its precision.
+        data: the ONNX file.
+        entry: what the manifest says of it.
+    """
+
+    name: str
+    data: bytes
+    entry: dict[str, Any]
+
+
+# From what is wanted up: a precision, and whether with more layers in float32.
+LADDERS = {
+    "fp16": (("fp16", False), ("fp16", True), ("bf16", False), ("bf16", True)),
+    "bf16": (("bf16", False), ("bf16", True)),
+}
+
+
+def half_variant(
+    model: onnx.ModelProto, wanted: str, gate: HalfGate, report: Report | None = None
+) -> tuple[Variant | None, list[str]]:
+    """The lowest rung of the ladder from `wanted` up that passes; None = only float32 does.
+
+    Args:
+        model: the float32 model.
+        wanted: "fp16" or "bf16".
+        gate: what a variant must pass.
+        report: called with each of its comparisons.
+
+    Returns:
+        The variant, and for each rung that failed what failed and which layer broke.
+    """
+    manifest = gate.single.manifest
+    failed: list[str] = []
+    largest: dict[str, float] = {}
+    for precision, more in LADDERS[wanted]:
+        keep = more_in_single(model, precision, largest) if more else {}
+        typed = to_half(model, precision, keep)
+        passed, reason = _try(typed, precision, gate, report)
+        if not reason:
+            data = onnx_bytes(typed, manifest.properties())
+            figures = {c.what: c.figure() for c in passed}
+            entry: dict[str, Any] = {"file": FILES[precision], "parity": figures}
+            entry |= {"kept_in_fp32": list(keep.values())} if keep else {}
+            entry |= {"ladder": failed} if failed else {}
+            return Variant(precision, data, entry), failed
+        largest = largest or ranges(model, gate.reference, manifest)
+        kept = f" with {len(keep)} more layers in fp32" if keep else ""
+        failed.append(f"{precision}{kept}: {reason}{_broken(model, precision, keep, largest)}")
+    return None, failed
+
+
+def _try(
+    typed: onnx.ModelProto, precision: str, gate: HalfGate, report: Report | None
+) -> tuple[list[Comparison], str]:
+    """The comparisons of a model, and why it does not pass the gate; "" = it does."""
+    passed: list[Comparison] = []
+    data = rounded(typed, precision).SerializeToString()
+    with OnnxRuntimeEngine(data, device="cpu", optimize=False) as engine:
+        try:
+            for comparison in gate.comparisons(Network(engine, gate.single.manifest), precision):
+                if report is not None:
+                    report(comparison)
+                if not comparison.passed:
+                    return passed, str(comparison)
+                passed.append(comparison)
+        except NonFiniteError as error:
+            return passed, str(error)
+    return passed, ""
+
+
+def ranges(model: onnx.ModelProto, reference: Reference, manifest: Manifest) -> dict[str, float]:
+    """The largest absolute value of every float32 tensor, asked what `reference` was asked."""
+    with RangeEngine(model) as engine:
+        for _ in reference.compare(Network(engine, manifest)):
+            pass
+        return engine.largest
+
+
+class RangeEngine:
+    """An Engine of a float32 model that notes the largest absolute value of every tensor."""
+
+    runtime, device, concurrent, max_batch = "onnxruntime", "cpu", False, None
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import onnx
+
+        watched = onnx.shape_inference.infer_shapes(model)
+        constants = {c.name: c for c in watched.graph.initializer}
+        given = {value.name for value in (*watched.graph.input, *watched.graph.output)}
+        floats = float_tensors(watched)
+        for name in sorted(floats - constants.keys() - given):
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            watched.graph.output.append(value)
+        self._engine = OnnxRuntimeEngine(watched.SerializeToString(), "cpu", optimize=False)
+        self.inputs = self._engine.inputs
+        self.outputs = {"prediction": self._engine.outputs["prediction"]}
+        self.largest = {
+            name: _largest(onnx.numpy_helper.to_array(constants[name]))
+            for name in floats & constants.keys()
+        }
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate the model (see `Engine`)."""
+        answers = self._engine(arrays)
+        for name, value in answers.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), _largest(value))
+        return {"prediction": answers["prediction"]}
+
+    def close(self) -> None:
+        """Free the session."""
+        self._engine.close()
+
+    def __enter__(self) -> RangeEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _largest(values: Array) -> float:
+    return float(np.max(np.abs(values), initial=0.0))
+
+
+def more_in_single(
+    model: onnx.ModelProto, precision: str, largest: Mapping[str, float]
+) -> dict[str, str]:
+    """Which nodes to keep in float32 after a failure: first output -> the layer's name.
+
+    Those that come near to overflow; where none does, the first and the last convolution and the
+    products of the attention, as is usual.
+    """
+    halves = half_nodes(model)
+    nodes = [(node, name) for node, name in layers(model) if node.output[0] in halves]
+    limit = LARGEST[precision] / MARGIN
+    keep = {
+        node.output[0]: name
+        for node, name in nodes
+        if any(largest.get(tensor, 0.0) > limit for tensor in (*node.input, *node.output))
+    }
+    if keep:
+        return keep
+    convolutions = [node.output[0] for node, _ in nodes if node.op_type == "Conv"]
+    ends = {*convolutions[:1], *convolutions[-1:]}
+    return {
+        node.output[0]: name
+        for node, name in nodes
+        if node.output[0] in ends or node.op_type == "MatMul"
+    }
+
+
+def _broken(
+    model: onnx.ModelProto, precision: str, keep: Mapping[str, str], largest: Mapping[str, float]
+) -> str:
+    """The first layer whose values do not fit the precision, for a message."""
+    halves = half_nodes(model) - keep.keys()
+    for node, name in layers(model):
+        reached = max(largest.get(tensor, 0.0) for tensor in (*node.input, *node.output))
+        if node.output[0] in halves and reached > LARGEST[precision]:
+            return (
+                f"; layer {name!r} reaches {reached:.2g}, and {precision} ends at "
+                f"{LARGEST[precision]:.5g}"
+            )
+    return ""
