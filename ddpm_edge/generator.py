@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,22 @@ import numpy as np
 
 from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Float32
-from ddpm_edge.bundle import REFERENCE, Bundle
+from ddpm_edge.bundle import BUILT_IN, REFERENCE, Bundle
 from ddpm_edge.errors import BundleError, ClosedError, ConfigError, ForkError
 from ddpm_edge.images import from_images, to_images
 from ddpm_edge.latents import slerp
 from ddpm_edge.plan import Plan
 from ddpm_edge.reference import Comparison, Reference
-from ddpm_edge.request import MAX_BATCH, Callback, Label, Made, Request, Step, check_dtype, is_many
+from ddpm_edge.request import Callback, Label, Made, Request, Step, check_dtype, is_many
 from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
-from ddpm_edge.runtimes import Engine, open_engine
+from ddpm_edge.runtimes import Engine, EngineStore, open_engine
 from ddpm_edge.samplers import inversion
 from ddpm_edge.sampling import Network, enough_memory
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.tasks import Known, Restore, Task, Vary
 
 INVERSION_STEPS = 100
+BUILD = ("never", "missing")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +80,31 @@ class Generator:
         device: str | None = None,
         variant: str | None = None,
         threads: int | None = None,
+        cache_dir: str | Path | None = None,
+        build: str = "never",
     ) -> Generator:
         """Load a bundle.
 
         Args:
             path: the bundle's directory; None = the built-in Fashion-MNIST model.
-            runtime: "auto" or a runtime's name, such as "onnxruntime".
+            runtime: "auto" (the best that works here without building anything), "tensorrt" or
+                "onnxruntime".
             device: such as "cpu", "cuda" or "cuda:1"; None = the runtime's best.
             variant: precision of the network; None = fp32.
             threads: CPU threads of one evaluation; None = the runtime's choice.
+            cache_dir: where engines that were built on this device are; None = DDPM_EDGE_CACHE, or
+                the user's cache.
+            build: "missing" builds a TensorRT engine that was asked for by name and is not there,
+                which takes minutes on a Jetson; "never" says how to.
 
         Raises:
             BundleError: not a bundle, or changed since its export.
             RuntimeUnavailableError: the runtime or device is not there.
+            EngineMissingError: TensorRT was asked for, and its engine must be built first.
             EngineError: the runtime cannot load the model.
         """
         bundle = Bundle.open(path)
-        name, model = bundle.model(variant)
-        engine = open_engine(model, runtime=runtime, device=device, threads=threads)
+        name, engine = open_bundle(bundle, runtime, device, variant, threads, cache_dir, build)
         try:
             return cls(bundle, engine, name)
         except BaseException:
@@ -187,7 +196,8 @@ class Generator:
         if REFERENCE not in self.bundle.files:
             raise BundleError(f"{self.bundle.path} has no {REFERENCE}; export the model again")
         data = self.bundle.read(REFERENCE)
-        yield from Reference.from_bytes(data, self.bundle.manifest).compare(network)
+        reference = Reference.from_bytes(data, self.bundle.manifest)
+        yield from reference.compare(network, self.variant)
 
     def sample(self, n: int | None = None, **arguments: Any) -> Array:
         """Make n images: uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".
@@ -262,7 +272,7 @@ class Generator:
             latents=latents,
             seed=seed,
             first=first,
-            batch=MAX_BATCH if batch is None else batch,
+            batch=network.batch(guidance is not None) if batch is None else batch,
             deadline_ms=deadline_ms,
         )
         images = []
@@ -546,7 +556,7 @@ class Generator:
         plan = inversion(self.schedule, self._inversion_steps(steps, spacing), spacing)
         network = self._open()
         if arguments.get("batch") is None:
-            arguments["batch"] = MAX_BATCH
+            arguments["batch"] = network.batch(arguments.get("guidance") is not None)
         request = Request.of(
             self.bundle.manifest, None, latents=states, plan=lambda _: plan, seed=0, **arguments
         )
@@ -572,6 +582,31 @@ class Generator:
         if self._network is None:
             raise ClosedError("this Generator is closed; load it again")
         return self._network
+
+
+def open_bundle(
+    bundle: Bundle,
+    runtime: str = "auto",
+    device: str | None = None,
+    variant: str | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    build: str = "never",
+) -> tuple[str, Engine]:
+    """The variant's name and its engine; arguments and errors as for `Generator.load`."""
+    if build not in BUILD:
+        raise ConfigError(f"build must be one of {', '.join(BUILD)}; got {build!r}")
+    name, model = bundle.model(variant)
+    words: list[object] = ["ddpm-edge", "build"]
+    words += [] if bundle.path == BUILT_IN else [bundle.path]
+    for option, value in (("variant", variant), ("device", device), ("cache-dir", cache_dir)):
+        words += [] if value is None else [f"--{option}", value]
+    store = EngineStore(cache_dir, name, shlex.join(map(str, words)))
+    if build == "missing" and runtime != "auto":
+        from ddpm_edge.build import builder
+
+        store = replace(store, build=builder(bundle.manifest, name, cache_dir))
+    return name, open_engine(model, runtime, device, threads, store)
 
 
 def _last_latents(made: Made, plan: Plan, schedule: Schedule) -> Float32:

@@ -20,7 +20,6 @@ from ddpm_edge.sampling import Guidance, Labels, Network, enough_memory, sample_
 from ddpm_edge.tasks import Known, Task
 
 Label = int | str | None
-MAX_BATCH = 16  # samples in one engine call unless `batch` says otherwise
 DTYPES = ("uint8", "float32")
 MAX_SCALE = 1e6  # of guidance
 

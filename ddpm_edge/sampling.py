@@ -18,6 +18,7 @@ from ddpm_edge.restoration import Measurement
 from ddpm_edge.runtimes.base import Engine
 
 Labels = Int64 | None
+MAX_BATCH = 16  # samples in one engine call unless told otherwise
 
 
 class Guidance(NamedTuple):
@@ -93,6 +94,11 @@ class Network:
         push = (scale[guided] - 1).reshape(-1, 1, 1, 1)
         answer[guided] += push * (answer[guided] - without)
         return answer
+
+    def batch(self, guided: bool) -> int:
+        """How many samples to ask about at once unless told otherwise; guided, each is two."""
+        most = self.engine.max_batch or MAX_BATCH * 2
+        return max(1, min(MAX_BATCH, most // 2 if guided else most))
 
     def no_label(self, count: int) -> Labels:
         """The null label for `count` samples, int64 (count,); None where there are no labels.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_gpu import FakeTensorRT, install
 from helpers import ToyEngine
 
 from ddpm_edge import Generator, bundle
@@ -42,3 +43,9 @@ def generator() -> Iterator[Generator]:
 def copy(tmp_path: Path) -> Path:
     """A copy of the built-in bundle."""
     return Path(shutil.copytree(bundle.BUILT_IN, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """A machine with a GPU of NumPy arrays (see fake_gpu)."""
+    return install(monkeypatch)

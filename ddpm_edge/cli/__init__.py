@@ -10,6 +10,9 @@ import click
 
 from ddpm_edge import __version__
 from ddpm_edge.cli.bench import bench
+from ddpm_edge.cli.build import build
+from ddpm_edge.cli.cache import cache
+from ddpm_edge.cli.doctor import doctor
 from ddpm_edge.cli.export import export
 from ddpm_edge.cli.info import info
 from ddpm_edge.cli.restore import inpaint, upscale, vary
@@ -45,5 +48,7 @@ def main(verbose: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
 
 
-for command in (train, export, sample, inpaint, upscale, vary, info, verify, bench):
+for command in (
+    train, export, sample, inpaint, upscale, vary, info, verify, bench, build, cache, doctor,
+):  # fmt: skip
     main.add_command(command)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ddpm_edge.bundle import Bundle
-from ddpm_edge.cli.options import given_options, plan_options, schedule_options
+from ddpm_edge.cli.options import cache_option, given_options, plan_options, schedule_options
 from ddpm_edge.cli.output import command_line, next_sample, show_comparison
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.export import GATES
+from ddpm_edge.export import GATES, VARIANTS
 from ddpm_edge.export.from_diffusers import SCHEDULER, Imported, is_diffusers, read_diffusers
+from ddpm_edge.export.pipeline import check_choices
+from ddpm_edge.manifest import MANIFEST
 from ddpm_edge.plan import PREDICTIONS
 from ddpm_edge.schedule import Schedule
 
@@ -22,6 +24,8 @@ SCHEDULE_OPTIONS = {"rule", "timesteps", "beta_1", "beta_t", "beta"}
 MODEL_OPTIONS = SCHEDULE_OPTIONS | {
     "weights", "shape", "classes", "prediction", "timestep_offset",
 }  # fmt: skip
+FORMATS = ("onnx", "tensorrt")
+BUNDLE_OPTIONS = {"run", "output", "gate", "variants", "format_", "cache_dir"}
 DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
 
 
@@ -41,8 +45,25 @@ DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
     type=click.Choice(GATES),
     default="quick",
     show_default=True,
-    help="full compares all T steps of Algorithm 2 with torch, not the last 50.",
+    help="full compares all T steps of Algorithm 2 with torch, not the last 50, and half "
+    "precision by a Frechet distance too, which takes minutes.",
 )
+@click.option(
+    "--variants",
+    default="fp32",
+    show_default=True,
+    help=f"Precisions, separated by commas, of {', '.join(VARIANTS)}. Each passes a gate of its "
+    "own or gives way to a higher one.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(FORMATS),
+    default="onnx",
+    show_default=True,
+    help="tensorrt: also build the engines, for the GPU of this machine.",
+)
+@cache_option
 @plan_options
 @click.option("--model", help="Instead of RUN, a network of your own: package.module:function.")
 @click.option(
@@ -74,15 +95,20 @@ def export(
     """Export the averaged weights of the training run RUN as a bundle, if they pass the gate.
 
     RUN may also be a folder that diffusers saved: a pipeline of a UNet2DModel and a scheduler, or a
-    bare UNet2DModel, whose schedule and prediction you say. The sampler options set the bundle's
-    default plan. A network of your own maps (x, t) or (x, t, label) to x's shape; say its --shape
-    and its schedule.
+    bare UNet2DModel, whose schedule and prediction you say; or a bundle, to add --variants. The
+    sampler options set the bundle's default plan. A network of your own maps (x, t) or
+    (x, t, label) to x's shape; say its --shape and its schedule.
 
-    Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle
+    Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle --variants fp32,fp16
     """
     if (run is None) == (model is None):
         raise ConfigError("give either the directory of a training run, or --model")
     given = given_options(ctx)
+    variants = _names(o["variants"])
+    check_choices(variants, o["gate"])
+    if run is not None and (run / MANIFEST).is_file():
+        _again(run, output, variants, given, o)
+        return
     diffusers = run is not None and is_diffusers(run)
     if run is not None:
         taken = DIFFUSERS_OPTIONS if diffusers else set()
@@ -93,6 +119,7 @@ def export(
     common = {
         **({"name": o["name"]} if o["name"] else {}),
         "licence": o["licence"],
+        "variants": variants,
         "gate": o["gate"],
         "plan": o["plan"],
         "report": show_comparison,
@@ -100,12 +127,49 @@ def export(
     click.echo(f"Exporting {run or model} to ONNX ...")
     imported = _imported(run, o, given) if run is not None and diffusers else None
     bundle = _exporter(imported or run, model, output, o)(**common)
+    _show(bundle, output, time.perf_counter() - start)
+    _build(bundle, output, o)
+
+
+def _again(
+    run: Path, output: Path, variants: list[str], given: Mapping[str, str], o: dict[str, Any]
+) -> None:
+    """Export a bundle in other precisions."""
+    from ddpm_edge.export import export_bundle
+
+    extra = [flag for name, flag in given.items() if name not in BUNDLE_OPTIONS]
+    if extra:
+        raise ConfigError(f"{', '.join(extra)} cannot change: {run} is a bundle and has its own")
+    start = time.perf_counter()
+    click.echo(f"Converting {run} to {', '.join(variants)} ...")
+    bundle = export_bundle(run, output, variants=variants, gate=o["gate"], report=show_comparison)
+    _show(bundle, output, time.perf_counter() - start)
+    _build(bundle, output, o)
+
+
+def _show(bundle: Bundle, output: Path, seconds: float) -> None:
+    """Say what was written and what to do next."""
     size = sum(entry["size"] for entry in bundle.files.values())
+    variants = bundle.manifest.variants
+    for name, entry in variants.items():
+        if "kept_in_fp32" in entry:
+            click.echo(f"{name}: also in fp32 are {', '.join(entry['kept_in_fp32'])}")
     click.echo(
-        f"{output}: {size / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s\n"
+        f"{output}: {', '.join(variants)}; {size / 1e6:.1f} MB, {seconds:.0f} s\n"
         f"{next_sample(output, bundle.manifest)}\n"
         f"      {command_line('verify', output)}"
     )
+
+
+def _build(bundle: Bundle, output: Path, o: dict[str, Any]) -> None:
+    """With --format tensorrt, build an engine of every variant."""
+    if o["format_"] != "tensorrt":
+        return
+    from ddpm_edge.cli.build import DEFAULTS, build_here, show
+
+    for name in bundle.manifest.variants:
+        report = build_here(output, **DEFAULTS, variant=name, cache_dir=o["cache_dir"])
+        show(report, output)
 
 
 def _imported(run: Path, o: dict[str, Any], given: Collection[str]) -> Imported:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ddpm_edge.errors import ConfigError
+from ddpm_edge.generator import BUILD
 from ddpm_edge.runtimes import RUNTIMES
 from ddpm_edge.samplers import SAMPLERS, SPACINGS, VARIANCES
 from ddpm_edge.schedule import RULES, Schedule
@@ -18,10 +19,18 @@ PLAN_OPTIONS = (
     "sampler", "steps", "spacing", "order", "sde", "eta", "variance", "corrections", "snr", "clip",
     "travel_length", "travel_repeat",
 )  # fmt: skip
+WHERE_OPTIONS = ("runtime", "device", "variant", "threads", "cache_dir", "build")
 IMAGE_OPTIONS = (
     "output", "labels", "guidance", "guidance_interval", "seed", "first", "batch", "deadline_ms",
     "as_json",
 )  # fmt: skip
+
+
+cache_option = click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Where engines built on this device are.  [default: DDPM_EDGE_CACHE, the user's cache]",
+)
 
 
 def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,12 +46,18 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--device", help="cpu, cuda or cuda:N.  [default: the best that works]")
     @click.option("--variant", help="Precision of the network.  [default: fp32]")
     @click.option("--threads", type=int, help="CPU threads of one evaluation.  [default: all]")
+    @cache_option
+    @click.option(
+        "--build",
+        type=click.Choice(BUILD),
+        default="never",
+        show_default=True,
+        help="missing: build the engine of --runtime tensorrt where it is not there.",
+    )
     @functools.wraps(command)
-    def gathered(
-        runtime: str, device: str | None, variant: str | None, threads: int | None, **others: Any
-    ) -> None:
-        where = {"runtime": runtime, "device": device, "variant": variant, "threads": threads}
-        command(where=where, **others)
+    def gathered(**given: Any) -> None:
+        where = {name: given.pop(name) for name in WHERE_OPTIONS}
+        command(where=where, **given)
 
     return gathered
 

@@ -1,0 +1,61 @@
+"""`ddpm-edge cache`: the engines that were built on this device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from ddpm_edge.cli.options import cache_option
+from ddpm_edge.runtimes.engine_cache import EngineCache, cache_directory
+
+
+@click.group()
+def cache() -> None:
+    """List or remove the engines that were built on this device.
+
+    Example:  ddpm-edge cache list
+    """
+
+
+@cache.command("list")
+@cache_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def list_(cache_dir: Path | None, as_json: bool) -> None:
+    """List the engines in the cache, the newest last.
+
+    Example:  ddpm-edge cache list --json
+    """
+    directory = cache_directory(cache_dir)
+    entries = EngineCache(directory).entries()
+    if as_json:
+        rows = [
+            entry.key.to_dict()
+            | {"file": str(entry.path), "size": entry.size, "built": entry.built}
+            for entry in entries
+        ]
+        click.echo(json.dumps({"directory": str(directory), "engines": rows}))
+        return
+    for entry in entries:
+        key = entry.key
+        least, best, most = key.profile
+        click.echo(
+            f"{entry.path.name}  {entry.size / 1e6:.1f} MB  {entry.built}  model {key.model[:12]} "
+            f"{key.variant}  {key.flavour} {key.version}  {key.device} ({key.compute_capability})  "
+            f"batch {least} to {most}, best {best}"
+        )
+    total = sum(entry.size for entry in entries)
+    click.echo(f"{len(entries)} engines, {total / 1e6:.1f} MB in {directory}")
+
+
+@cache.command()
+@cache_option
+def clear(cache_dir: Path | None) -> None:
+    """Remove the engines from the cache, and nothing else.
+
+    Example:  ddpm-edge cache clear
+    """
+    directory = cache_directory(cache_dir)
+    engines, size = EngineCache(directory).clear()
+    click.echo(f"{engines} engines, {size / 1e6:.1f} MB removed from {directory}")

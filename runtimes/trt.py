@@ -1,0 +1,287 @@
+"""TensorRT, of either flavour: runs an engine that was built on this device.
+
+Host arrays go through pinned memory to the GPU and back, on a stream of the engine's own. Neither
+torch nor PyCUDA is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_edge.arrays import Array
+from ddpm_edge.errors import ClosedError, EngineError, EngineLostError, EngineMissingError
+from ddpm_edge.runtimes import cuda
+from ddpm_edge.runtimes.base import TensorSpec, check_inputs
+from ddpm_edge.runtimes.cuda import GPU
+from ddpm_edge.runtimes.engine_cache import EngineCache, EngineKey, cache_directory
+from ddpm_edge.runtimes.flavour import Flavour, flavour_for
+
+log = logging.getLogger("ddpm_edge")
+
+NAME = "tensorrt"
+NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
+
+
+@dataclass(frozen=True)
+class EngineStore:
+    """Where engines that were built on this device are, and what is done where one is missing.
+
+    Attributes:
+        directory: of the cache; None = the user's (see `cache_directory`).
+        variant: precision of the model.
+        command: the line that builds the engine, for messages.
+        build: makes the missing engine of an ONNX file; None = an error says `command`.
+    """
+
+    directory: str | Path | None = None
+    variant: str = "fp32"
+    command: str = "ddpm-edge build BUNDLE"
+    build: Callable[[bytes, Flavour, GPU], bytes] | None = None
+
+
+def open_stored(model: bytes, device: str | None, store: EngineStore) -> TensorRTEngine:
+    """Open the engine of an ONNX file that was built on this device, the newest there is.
+
+    Raises:
+        RuntimeUnavailableError: no GPU that works, or no TensorRT.
+        EngineMissingError: no engine of this model, GPU and TensorRT; with the reason.
+    """
+    gpu = cuda.gpu(device)  # before TensorRT is touched
+    flavour = flavour_for(gpu)
+    key = engine_key(model, store.variant, flavour, gpu)
+    try:
+        engine, _ = EngineCache(cache_directory(store.directory)).find(key)
+    except EngineMissingError as error:
+        if store.build is None:
+            raise EngineMissingError(
+                f"{error}; build it on this device: {store.command} (or load with build='missing')"
+            ) from None
+        log.info("%s", error)
+        engine = store.build(model, flavour, gpu)
+    return TensorRTEngine(engine, flavour, gpu)
+
+
+def engine_key(
+    model: bytes,
+    variant: str,
+    flavour: Flavour,
+    gpu: GPU,
+    profile: tuple[int, int, int] = (0, 0, 0),
+    flags: Mapping[str, int] | None = None,
+) -> EngineKey:
+    """All that an engine depends on; whoever only looks for one knows no profile and flags."""
+    return EngineKey(
+        model=hashlib.sha256(model).hexdigest(),
+        variant=variant,
+        flavour=flavour.name,
+        version=flavour.version,
+        device=gpu.name,
+        compute_capability=gpu.compute_capability,
+        profile=profile,
+        flags=dict(flags or {}),
+    )
+
+
+class TensorRTEngine:
+    """A serialized TensorRT engine on a GPU.
+
+    Args:
+        engine: its bytes, trusted: an engine is native code. It runs only with the version of
+            TensorRT and on the kind of GPU it was built for.
+        flavour: what runs it.
+        gpu: where.
+
+    Raises:
+        EngineError: it is not an engine for this TensorRT and this GPU.
+        MemoryError: too little memory on the GPU.
+    """
+
+    runtime: str
+    concurrent = False  # one execution context, one set of buffers
+
+    def __init__(self, engine: bytes, flavour: Flavour, gpu: GPU) -> None:
+        trt = flavour.trt
+        self.runtime, self.device = flavour.name, gpu.device
+        self._gpu, self._buffers = gpu, Buffers()
+        self._context: Any = None
+        self._lost: EngineLostError | None = None
+        cuda.call("cudaSetDevice", gpu.number)
+        self._logger = collecting_logger(trt)
+        self._runtime: Any = trt.Runtime(self._logger)
+        self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
+        if self._engine is None:  # it does not raise
+            raise EngineError(
+                f"{flavour} on {gpu} does not load the engine: {self._logger.said()}; build it "
+                "here: ddpm-edge build"
+            )
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise MemoryError(f"{flavour}: no execution context: {self._logger.said()}")
+        self.inputs, self.outputs = _specs(trt, self._engine)
+        shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
+        self.min_batch, self.best_batch, self.max_batch = (int(shape[0]) for shape in shapes)
+        self._stream = cuda.call("cudaStreamCreateWithFlags", NON_BLOCKING)
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate the model (see `Engine`).
+
+        Raises:
+            EngineLostError: the GPU is lost to this process.
+        """
+        if self._lost is not None:
+            raise self._lost
+        if self._context is None:
+            raise ClosedError("the engine was closed; open it again")
+        batch = check_inputs(self.inputs, arrays)
+        if not self.min_batch <= batch <= self.max_batch:
+            raise EngineError(
+                f"the engine was built for batches of {self.min_batch} to {self.max_batch}; got "
+                f"{batch} (guidance asks the network twice at once): give a smaller batch=, or "
+                f"ddpm-edge build with --max-batch {batch}"
+            )
+        try:
+            return self._run(arrays, batch)
+        except EngineLostError as error:
+            self._lost = error
+            raise
+
+    def _run(self, arrays: Mapping[str, Array], batch: int) -> dict[str, Array]:
+        cuda.call("cudaSetDevice", self._gpu.number)  # of this thread
+        answers = {}
+        for name, array in arrays.items():
+            shape = (batch, *array.shape[1:])
+            device, host = self._buffers.of(name, shape, array.dtype)
+            np.copyto(host, array)
+            _copy(device, host.ctypes.data, host.nbytes, "cudaMemcpyHostToDevice", self._stream)
+            self._bind(name, device, shape)
+        for name, spec in self.outputs.items():
+            shape = (batch, *(size or 1 for size in spec.shape[1:]))
+            device, answers[name] = self._buffers.of(name, shape, spec.dtype)
+            self._bind(name, device, None)
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise EngineError(f"TensorRT failed: {self._logger.said() or 'it does not say why'}")
+        for name, host in answers.items():
+            device = self._buffers.device(name)
+            _copy(host.ctypes.data, device, host.nbytes, "cudaMemcpyDeviceToHost", self._stream)
+        cuda.call("cudaStreamSynchronize", self._stream)
+        return {name: host.copy() for name, host in answers.items()}
+
+    def _bind(self, name: str, address: int, shape: tuple[int, ...] | None) -> None:
+        """Tell the context where a tensor is, and how large an input is."""
+        context = self._context
+        sized = shape is None or context.set_input_shape(name, shape)
+        if not sized or not context.set_tensor_address(name, address):
+            raise EngineError(f"TensorRT does not take {name!r} {shape}: {self._logger.said()}")
+
+    def close(self) -> None:
+        """Free the engine and its memory (see `Engine`)."""
+        if self._context is None:
+            return
+        self._context = self._engine = self._runtime = None  # in this order
+        if self._lost is None:  # nothing can be freed on a lost GPU
+            cuda.call("cudaSetDevice", self._gpu.number)
+            self._buffers.free()
+            cuda.call("cudaStreamDestroy", self._stream)
+
+    def __enter__(self) -> TensorRTEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Buffers:
+    """Memory of each tensor, on the GPU and pinned on the host; grows with the batch."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, tuple[int, int, int]] = {}  # name: GPU, host, bytes
+
+    def of(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, Array]:
+        """Address on the GPU, and the array on the host, of a tensor of this shape."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        if self._memory.get(name, (0, 0, -1))[2] < size:
+            self._free(name)
+            device = int(cuda.call("cudaMalloc", size))
+            try:
+                host = int(cuda.call("cudaMallocHost", size))
+            except BaseException:
+                cuda.call("cudaFree", device)
+                raise
+            self._memory[name] = device, host, size
+        device, host, _ = self._memory[name]
+        memory = (ctypes.c_byte * size).from_address(host)
+        return device, np.frombuffer(memoryview(memory), dtype).reshape(shape)
+
+    def device(self, name: str) -> int:
+        """The address on the GPU."""
+        return self._memory[name][0]
+
+    def free(self) -> None:
+        """Free all of it."""
+        for name in list(self._memory):
+            self._free(name)
+
+    def _free(self, name: str) -> None:
+        if name in self._memory:
+            device, host, _ = self._memory.pop(name)
+            cuda.call("cudaFree", device)
+            cuda.call("cudaFreeHost", host)
+
+
+def _copy(to: int, source: int, size: int, direction: str, stream: Any) -> None:
+    kind = getattr(cuda.cudart().cudaMemcpyKind, direction)
+    cuda.call("cudaMemcpyAsync", to, source, size, kind, stream)
+
+
+def _specs(trt: Any, engine: Any) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """The inputs and the outputs of an engine."""
+    dtypes = {trt.DataType.FLOAT: np.float32, trt.DataType.INT64: np.int64}
+    inputs: dict[str, TensorSpec] = {}
+    outputs: dict[str, TensorSpec] = {}
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        dtype = engine.get_tensor_dtype(name)
+        if dtype not in dtypes:
+            raise EngineError(f"the engine's {name!r} is {dtype}; expected float32 or int64")
+        shape = tuple(None if size < 0 else int(size) for size in engine.get_tensor_shape(name))
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        (inputs if is_input else outputs)[name] = TensorSpec(shape, np.dtype(dtypes[dtype]))
+    return inputs, outputs
+
+
+def collecting_logger(trt: Any) -> Any:
+    """A logger of TensorRT that passes its words on to `ddpm_edge` and keeps what went wrong."""
+    levels = {
+        trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.Severity.ERROR: logging.ERROR,
+        trt.ILogger.Severity.WARNING: logging.INFO,
+        trt.ILogger.Severity.INFO: logging.DEBUG,
+        trt.ILogger.Severity.VERBOSE: logging.NOTSET,
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            level = levels.get(severity, logging.DEBUG)
+            if level == logging.ERROR:  # raised by whoever called, so not logged as well
+                self.errors.append(msg.strip())
+            elif level:
+                log.log(level, "TensorRT: %s", msg.strip())
+
+        def said(self) -> str:
+            """The errors since the last time, the first ones."""
+            said, self.errors = self.errors[:3], []
+            return "; ".join(said)
+
+    return Logger()

@@ -1,0 +1,292 @@
+"""A GPU of NumPy arrays behind CUDA's and TensorRT's own interfaces: fakes at that boundary only.
+
+What is copied or run on a stream happens when the stream is synchronised, in order, and memory
+holds NaN until it is written: whoever forgets to copy, to bind or to wait reads rubbish. An
+"engine" is an ONNX file with a header; ONNX Runtime computes it.
+"""
+
+# ruff: noqa: N802, N815  (the names are NVIDIA's)
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
+
+
+class CudaError(enum.IntEnum):
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
+    cudaErrorIllegalAddress = 700
+    cudaErrorLaunchFailure = 719
+    cudaErrorInvalidValue = 1
+
+
+class FakeCuda(ModuleType):
+    """`cuda.bindings.runtime`. `fail[function] = error` makes a function fail from then on."""
+
+    cudaError_t = CudaError
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+
+    def __init__(self, names: tuple[str, ...] = ("Orin",), memory: int = 1 << 33) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.names, self.memory = names, memory
+        self.fail: dict[str, CudaError] = {}
+        self.blocks: dict[str, dict[int, Any]] = {"device": {}, "host": {}}
+        self.streams: dict[int, list[Callable[[], None]]] = {}
+        self.calls: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if not name.startswith("cuda") or not callable(value) or isinstance(value, type):
+            return value
+
+        def called(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            if name in self.fail:
+                return (self.fail[name], None)
+            result = value(*arguments)
+            if isinstance(result, CudaError):
+                return (result, None)
+            return (CudaError.cudaSuccess, result)
+
+        return called
+
+    def cudaGetDeviceCount(self) -> Any:
+        return len(self.names) or CudaError.cudaErrorNoDevice
+
+    def cudaGetDeviceProperties(self, number: int) -> Any:
+        return SimpleNamespace(
+            name=self.names[number].encode(), major=8, minor=7, totalGlobalMem=self.memory,
+            integrated=1,
+        )  # fmt: skip
+
+    def cudaSetDevice(self, number: int) -> Any:
+        return None if number < len(self.names) else CudaError.cudaErrorInvalidValue
+
+    def cudaGetErrorString(self, error: CudaError) -> Any:
+        return b"words of the driver"
+
+    def cudaMalloc(self, size: int) -> Any:
+        return self._allocate("device", size)
+
+    def cudaMallocHost(self, size: int) -> Any:
+        return self._allocate("host", size)
+
+    def cudaFree(self, address: int) -> Any:
+        del self.blocks["device"][address]
+
+    def cudaFreeHost(self, address: int) -> Any:
+        del self.blocks["host"][address]
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> Any:
+        assert flags == 1
+        self.streams[len(self.streams) + 77] = []
+        return len(self.streams) + 76
+
+    def cudaStreamDestroy(self, stream: int) -> Any:
+        assert not self.streams.pop(stream)
+
+    def cudaStreamSynchronize(self, stream: int) -> Any:
+        work, self.streams[stream] = self.streams[stream], []
+        for job in work:
+            job()
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> Any:
+        there, here = ("device", "host") if kind == 1 else ("host", "device")
+        self.check(there, to, size)
+        self.check(here, source, size)
+        self.streams[stream].append(lambda: ctypes.memmove(to, source, size) and None)
+
+    def _allocate(self, where: str, size: int) -> Any:
+        used = sum(len(block) for block in self.blocks["device"].values())
+        if where == "device" and used + size > self.memory:
+            return CudaError.cudaErrorMemoryAllocation
+        block = (ctypes.c_byte * size)(*([-1] * min(size, 4096)))  # NaN as float32
+        self.blocks[where][ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def check(self, where: str, address: int, size: int) -> None:
+        assert len(self.blocks[where][address]) >= size, f"{where} memory at {address}"
+
+
+class Severity(enum.Enum):
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class ILogger:
+    Severity = Severity
+
+
+class FakeTensorRT(ModuleType):
+    """`tensorrt`, as far as it is used. `said` is what the builder was told."""
+
+    ILogger = ILogger
+    IProgressMonitor = object
+    DataType = SimpleNamespace(FLOAT="FLOAT", INT64="INT64")
+    TensorIOMode = SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    BuilderFlag = SimpleNamespace(TF32="TF32")
+    MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")
+
+    def __init__(self, cuda: FakeCuda, name: str = "tensorrt", version: str = "10.3.0") -> None:
+        super().__init__(name)
+        self.cuda, self.__version__ = cuda, version
+        self.builds: list[dict[str, Any]] = []
+        self.build_fails = self.context_fails = False
+
+    def Builder(self, logger: Any) -> Any:
+        return Builder(self, logger)
+
+    def OnnxParser(self, network: Any, logger: Any) -> Any:
+        def parse(model: bytes) -> bool:
+            network.model = model
+            with OnnxRuntimeEngine(model, device="cpu") as engine:
+                network.inputs = [
+                    SimpleNamespace(name=name, shape=(-1, *spec.shape[1:]))
+                    for name, spec in engine.inputs.items()
+                ]
+            network.num_inputs = len(network.inputs)
+            return True
+
+        return SimpleNamespace(parse=parse, num_errors=0)
+
+    def Runtime(self, logger: Any) -> Any:
+        def deserialize_cuda_engine(data: bytes) -> Any:
+            head, _, model = data.partition(b"\n")
+            try:
+                said = json.loads(head)
+            except ValueError:
+                said = {}
+            if said.get("version") != self.__version__:
+                logger.log(Severity.ERROR, "The engine plan file is not compatible")
+                return None
+            return FakeEngine(self, said, model)
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize_cuda_engine)
+
+
+class Builder:
+    def __init__(self, trt: FakeTensorRT, logger: Any) -> None:
+        self.trt, self.logger = trt, logger
+
+    def create_network(self, flags: int) -> Any:
+        assert flags == 1 << self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        network = SimpleNamespace(inputs=[])
+        network.get_input = lambda i: network.inputs[i]
+        return network
+
+    def create_builder_config(self) -> Any:
+        config = SimpleNamespace(timing=b"", limits={}, cleared=[], profiles=[])
+        config.clear_flag = config.cleared.append
+        config.set_memory_pool_limit = config.limits.__setitem__
+        config.create_timing_cache = lambda data: data
+        config.set_timing_cache = lambda data, _: setattr(config, "timing", data) or True
+        config.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: config.timing + b"+")
+        config.add_optimization_profile = config.profiles.append
+        return config
+
+    def create_optimization_profile(self) -> Any:
+        shapes: dict[str, Any] = {}
+        set_shape = lambda name, *sizes: shapes.__setitem__(name, sizes)  # noqa: E731
+        return SimpleNamespace(shapes=shapes, set_shape=set_shape)
+
+    def build_serialized_network(self, network: Any, config: Any) -> Any:
+        monitor = config.progress_monitor
+        monitor.phase_start("building", None, 2)
+        if not monitor.step_complete("building", 0):
+            return None
+        monitor.phase_finish("building")
+        (profile,) = config.profiles
+        batches = {tuple(size[0] for size in sizes) for sizes in profile.shapes.values()}
+        (profile_of_all,) = batches
+        head = {"version": self.trt.__version__, "profile": profile_of_all}
+        self.trt.builds.append(head | {"config": config, "shapes": profile.shapes})
+        if self.trt.build_fails:
+            self.logger.log(Severity.ERROR, "no tactic fits")
+            return None
+        return json.dumps(head).encode() + b"\n" + network.model
+
+
+class FakeEngine:
+    def __init__(self, trt: FakeTensorRT, said: dict[str, Any], model: bytes) -> None:
+        self.trt, self.profile = trt, said["profile"]
+        self.ort = OnnxRuntimeEngine(model, device="cpu", threads=1)
+        self.specs = self.ort.inputs | self.ort.outputs
+        self.num_io_tensors = len(self.specs)
+
+    def get_tensor_name(self, i: int) -> str:
+        return list(self.specs)[i]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "FLOAT" if self.specs[name].dtype == np.float32 else "INT64"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, *(size or -1 for size in self.specs[name].shape[1:]))
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "INPUT" if name in self.ort.inputs else "OUTPUT"
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        return [(size, *self.get_tensor_shape(name)[1:]) for size in self.profile]
+
+    def create_execution_context(self) -> Any:
+        return None if self.trt.context_fails else FakeContext(self)
+
+
+class FakeContext:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.engine.profile
+        self.shapes[name] = shape
+        return bool(low <= shape[0] <= high)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.engine.trt.cuda.check("device", address, 1)
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.engine.trt.cuda.streams[stream].append(lambda: self._run(shapes, addresses))
+        return True
+
+    def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        ort, cuda = self.engine.ort, self.engine.trt.cuda
+        feed = {}
+        for name, spec in ort.inputs.items():
+            size = int(np.prod(shapes[name])) * spec.dtype.itemsize
+            cuda.check("device", addresses[name], size)
+            memory = ctypes.string_at(addresses[name], size)
+            feed[name] = np.frombuffer(memory, spec.dtype).reshape(shapes[name])
+        for name, answer in ort(feed).items():
+            cuda.check("device", addresses[name], answer.nbytes)
+            ctypes.memmove(addresses[name], answer.ctypes.data, answer.nbytes)
+
+
+def install(patch: pytest.MonkeyPatch) -> FakeTensorRT:
+    """Make it a machine with one Orin and TensorRT 10.3; `.cuda` is its CUDA."""
+    cuda = FakeCuda()
+    trt = FakeTensorRT(cuda)
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = cuda  # type: ignore[attr-defined]
+    for name, module in {
+        "cuda": ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": cuda,
+        "tensorrt": trt, "tensorrt_rtx": None,
+    }.items():  # fmt: skip
+        patch.setitem(sys.modules, name, module)
+    return trt
