@@ -166,7 +166,8 @@ def build_stored(
             timing_cache=cache.kept(timing),
             progress=progress or log_progress(),
         )
-        cache.keep(timing, made.timing_cache)
+        if made.timing_cache:
+            cache.keep(timing, made.timing_cache)
         return made.engine
 
     built = cache.get(key, make, rebuild="asked for" if rebuild else "")

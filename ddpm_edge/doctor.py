@@ -41,7 +41,8 @@ USR_LIB = Path("/usr/lib")  # JetPack's Python packages are below
 NVPMODEL, NVPMODEL_CONF = "nvpmodel", Path("/etc/nvpmodel.conf")
 # L4T from this release on: JetPack, its TensorRT and its Python.
 JETPACKS = (
-    ((38, 0), "7", (10, 13), (3, 12)),
+    ((39, 0), "7.2", (10, 16), (3, 12)),
+    ((38, 0), "7.0 or 7.1", (10, 13), (3, 12)),
     ((36, 4), "6.1 or 6.2", (10, 3), (3, 10)),
     ((36, 0), "6.0", (8, 6), (3, 10)),
     ((0, 0), "5 or older", (8, 5), (3, 8)),

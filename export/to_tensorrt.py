@@ -101,8 +101,10 @@ def _build(
     config.builder_optimization_level = optimization_level
     if workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
-    if not config.set_timing_cache(config.create_timing_cache(earlier), False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)  # it was of another GPU
+    if flavour.keeps_timings:
+        fits = config.set_timing_cache(config.create_timing_cache(earlier), False)
+        if not fits:  # it was of another GPU
+            config.set_timing_cache(config.create_timing_cache(b""), False)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -117,8 +119,8 @@ def _build(
             f"{flavour} cannot build the engine: {logger.said() or 'it does not say why'}; try a "
             "smaller --max-batch, a larger --workspace-mb, or another --variant"
         )
-    timing_cache = config.get_timing_cache()
-    return BuiltEngine(bytes(serialized), bytes(timing_cache.serialize()) if timing_cache else b"")
+    timings = bytes(config.get_timing_cache().serialize()) if flavour.keeps_timings else b""
+    return BuiltEngine(bytes(serialized), timings)
 
 
 def _parser_errors(parser: Any) -> str:

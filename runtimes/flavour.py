@@ -33,6 +33,11 @@ class Flavour:
     version: str
     trt: Any
 
+    @property
+    def keeps_timings(self) -> bool:
+        """Whether a build measures what a later one can take over; TensorRT for RTX does not."""
+        return self.name == MODULES[0]
+
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 

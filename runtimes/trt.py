@@ -66,7 +66,12 @@ def open_stored(model: bytes, device: str | None, store: EngineStore) -> TensorR
             ) from None
         log.info("%s", error)
         engine = store.build(model, flavour, gpu)
-    return TensorRTEngine(engine, flavour, gpu)
+    try:
+        return TensorRTEngine(engine, flavour, gpu)
+    except EngineError:
+        if store.build is None:
+            raise
+        return TensorRTEngine(store.build(model, flavour, gpu), flavour, gpu)
 
 
 def engine_key(

@@ -501,8 +501,8 @@ def test_a_device_node_without_permission(
         ("R35 (release), REVISION: 5.0", "fault", "JetPack 5 or older (L4T R35.5, TensorRT 8.5)"),
         ("R36 (release), REVISION: 3.0", "fault", "JetPack 6.0 (L4T R36.3, TensorRT 8.6) is too"),
         ("R36 (release), REVISION: 4.3", "ok", "JetPack 6.1 or 6.2 (L4T R36.4, TensorRT 10.3)"),
-        ("R38 (release), REVISION: 2.0", "ok", "JetPack 7 (L4T R38.2, TensorRT 10.13)"),
-        ("R39 (release), REVISION: 1.0", "ok", "JetPack 7 (L4T R39.1, TensorRT 10.13)"),
+        ("R38 (release), REVISION: 2.0", "ok", "JetPack 7.0 or 7.1 (L4T R38.2, TensorRT 10.13)"),
+        ("R39 (release), REVISION: 1.0", "ok", "JetPack 7.2 (L4T R39.1, TensorRT 10.16)"),
     ],
 )
 def test_releases_of_jetpack(machine: Machine, release: str, status: str, text: str) -> None:

@@ -304,7 +304,7 @@ def run(*arguments: object) -> Any:
 
 
 def test_commands(tmp_path: Path) -> None:
-    result = run("export", Bundle.open().path, "-o", tmp_path / "b", "--variants", "fp16,bf16")
+    result = run("export", "-o", tmp_path / "b", "--variants", "fp16,bf16")  # the built-in model
     assert result.exit_code == 0, result.output
     assert "-[v] 20-step DDIM: relative error" in result.output
     assert f"{tmp_path / 'b'}: fp16, bf16; " in result.output

@@ -350,4 +350,3 @@ def test_bound_arrays_are_each_threads_own(engine: Engine) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(24)))
-

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ddpm_edge.bundle import Bundle
+from ddpm_edge.bundle import BUILT_IN, Bundle
 from ddpm_edge.cli.options import cache_option, given_options, plan_options, schedule_options
 from ddpm_edge.cli.output import command_line, next_sample, show_comparison
 from ddpm_edge.errors import ConfigError
@@ -95,15 +95,17 @@ def export(
     """Export the averaged weights of the training run RUN as a bundle, if they pass the gate.
 
     RUN may also be a folder that diffusers saved: a pipeline of a UNet2DModel and a scheduler, or a
-    bare UNet2DModel, whose schedule and prediction you say; or a bundle, to add --variants. The
-    sampler options set the bundle's default plan. A network of your own maps (x, t) or
-    (x, t, label) to x's shape; say its --shape and its schedule.
+    bare UNet2DModel, whose schedule and prediction you say; or a bundle, to add --variants (left
+    out: the built-in model). The sampler options set the bundle's default plan. A network of your
+    own maps (x, t) or (x, t, label) to x's shape; say its --shape and its schedule.
 
     Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle --variants fp32,fp16
     """
+    given = given_options(ctx)
+    if run is None and model is None and "variants" in given:
+        run = BUILT_IN
     if (run is None) == (model is None):
         raise ConfigError("give either the directory of a training run, or --model")
-    given = given_options(ctx)
     variants = _names(o["variants"])
     check_choices(variants, o["gate"])
     if run is not None and (run / MANIFEST).is_file():
