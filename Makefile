@@ -35,7 +35,8 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p ddpm_edge
 
-# The oldest NumPy that is supported, without torch, onnx or diffusers: what a Jetson has.
+# The oldest NumPy that is supported, without torch, onnx or diffusers: what a Jetson has. With
+# PYTHON=python3.10 it is JetPack 6's Python as well.
 numpy1:
 	$(PYTHON) -m venv $(VENV)-numpy1
 	$(VENV)-numpy1/bin/pip install --quiet 'numpy==1.26.4' pytest "$$(ls dist/*.whl)[cpu]"
@@ -46,7 +47,8 @@ numpy1:
 		tests/test_metrics.py tests/test_plan.py tests/test_bundle.py tests/test_generator.py \
 		tests/test_tasks.py tests/test_restoration.py tests/test_time_travel.py \
 		tests/test_inversion.py tests/test_inputs.py tests/test_cli.py tests/test_verify.py \
-		tests/test_bench.py tests/test_quality.py
+		tests/test_bench.py tests/test_quality.py tests/test_runtimes.py tests/test_trt.py \
+		tests/test_engine_cache.py tests/test_doctor.py tests/test_without_gpu.py
 
 # The built-in bundle again: about 95 minutes on two cores, minutes on a GPU.
 retrain: dev

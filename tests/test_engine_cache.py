@@ -427,7 +427,10 @@ def test_ctrl_c_while_waiting(
         done = pool.submit(cache.get, KEY, build)
         assert building.wait(10)
         try:
-            waiting = child("cache.get(key, lambda: b'')")
+            waiting = child(  # background jobs begin with SIGINT ignored
+                "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                "cache.get(key, lambda: b'')"
+            )
             assert line(waiting) == WAITING
             waiting.send_signal(signal.SIGINT)
             assert "KeyboardInterrupt" in waiting.communicate(timeout=10)[1]

@@ -12,7 +12,7 @@ import click
 from ddpm_edge.bundle import BUILT_IN, Bundle
 from ddpm_edge.cli.options import cache_option, given_options, plan_options, schedule_options
 from ddpm_edge.cli.output import command_line, next_sample, show_comparison
-from ddpm_edge.errors import ConfigError
+from ddpm_edge.errors import ConfigError, RuntimeUnavailableError
 from ddpm_edge.export import GATES, VARIANTS
 from ddpm_edge.export.from_diffusers import SCHEDULER, Imported, is_diffusers, read_diffusers
 from ddpm_edge.export.pipeline import check_choices
@@ -108,6 +108,8 @@ def export(
         raise ConfigError("give either the directory of a training run, or --model")
     variants = _names(o["variants"])
     check_choices(variants, o["gate"])
+    if o["format_"] == "tensorrt":
+        _check_gpu()
     if run is not None and (run / MANIFEST).is_file():
         _again(run, output, variants, given, o)
         return
@@ -161,6 +163,20 @@ def _show(bundle: Bundle, output: Path, seconds: float) -> None:
         f"{next_sample(output, bundle.manifest)}\n"
         f"      {command_line('verify', output)}"
     )
+
+
+def _check_gpu() -> None:
+    """Refuse to export what cannot be built here."""
+    from ddpm_edge.runtimes import cuda
+    from ddpm_edge.runtimes.flavour import flavour_for
+
+    try:
+        flavour_for(cuda.gpu())
+    except RuntimeUnavailableError as error:
+        raise RuntimeUnavailableError(
+            f"--format tensorrt builds for the GPU of this machine: {error}; leave it out, and run "
+            "ddpm-edge build on the device"
+        ) from error
 
 
 def _build(bundle: Bundle, output: Path, o: dict[str, Any]) -> None:
