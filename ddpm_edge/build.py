@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ddpm_edge import checks
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ConfigError, EngineError
 from ddpm_edge.export.to_tensorrt import Profile, Progress, build_engine
-from ddpm_edge.files import write_bytes
+from ddpm_edge.files import check_writable, write_bytes
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.cuda import GPU
@@ -25,6 +24,7 @@ from ddpm_edge.runtimes.trt import TensorRTEngine, engine_key
 from ddpm_edge.sampling import MAX_BATCH
 
 MOST_BATCH = 4096
+MOST_WORKSPACE_MB = 1 << 24
 LOG_SECONDS = 10.0
 
 log = logging.getLogger("ddpm_edge")
@@ -67,7 +67,9 @@ class BuildOptions:
             raise ConfigError(f"optimization_level must be 0 to 5; got {level!r}")
         flags = {"optimization_level": level}
         if self.workspace_mb is not None:
-            flags["workspace_mb"] = checks.whole("workspace_mb", self.workspace_mb)
+            flags["workspace_mb"] = checks.whole(
+                "workspace_mb", self.workspace_mb, most=MOST_WORKSPACE_MB
+            )
         return flags
 
 
@@ -86,10 +88,14 @@ class BuildReport:
 
     built: Built
     variant: str
-    flavour: str
+    flavour: Flavour
     gpu: GPU
     profile: Profile
     seconds: float
+
+    def open(self) -> TensorRTEngine:
+        """The engine, ready to run, whether it could be kept or not."""
+        return TensorRTEngine(self.built.engine, self.flavour, self.gpu)
 
 
 def build(
@@ -119,43 +125,22 @@ def build(
         ConfigError: an option that cannot work; nothing was built then.
         RuntimeUnavailableError: no GPU that works, or no TensorRT.
         BuildError: TensorRT refuses the network.
+        EngineError, MemoryError: the new engine does not load.
     """
     start = time.perf_counter()
     options = options or BuildOptions()
     bundle = Bundle.open(path)
-    profile = options.profile(bundle.manifest)
-    options.flags()
+    profile, flags = options.profile(bundle.manifest), options.flags()
+    directory = cache_directory(cache_dir)
+    _check_places(bundle, directory, output)
     name, model = bundle.model(variant)
     gpu = cuda.gpu(device)  # before TensorRT is touched
     flavour = flavour_for(gpu)
-    cache = EngineCache(cache_directory(cache_dir))
-    built = build_stored(
-        model, name, profile, options, flavour, gpu, cache, rebuild=rebuild, progress=progress
-    )
-    if output is not None:
-        write_bytes(output, built.engine)
-    seconds = time.perf_counter() - start
-    return BuildReport(built, name, str(flavour), gpu, profile, seconds)
-
-
-def build_stored(
-    model: bytes,
-    variant: str,
-    profile: Profile,
-    options: BuildOptions,
-    flavour: Flavour,
-    gpu: GPU,
-    cache: EngineCache,
-    *,
-    rebuild: bool = False,
-    progress: Progress | None = None,
-) -> Built:
-    """The engine of an ONNX file from the cache, or built and kept there; it loads here."""
-    key = engine_key(model, variant, flavour, gpu, profile, options.flags())
-    timing = cache.timing_path(key)
+    cache, key = EngineCache(directory), engine_key(model, name, flavour, gpu, profile, flags)
+    timings = cache.timing_path(key)
 
     def make() -> bytes:
-        log.info("building the %s engine with %s for %s", variant, flavour, gpu)
+        log.info("building the %s engine with %s for %s", name, flavour, gpu)
         made = build_engine(
             model,
             flavour,
@@ -163,24 +148,42 @@ def build_stored(
             workspace_mb=options.workspace_mb,
             optimization_level=options.optimization_level,
             gpu=gpu,
-            timing_cache=cache.kept(timing),
+            timing_cache=cache.kept(timings),
             progress=progress or log_progress(),
         )
         if made.timing_cache:
-            cache.keep(timing, made.timing_cache)
+            cache.keep(timings, made.timing_cache)
         return made.engine
 
     built = cache.get(key, make, rebuild="asked for" if rebuild else "")
-    try:
-        TensorRTEngine(built.engine, flavour, gpu).close()
-    except EngineError as error:
-        if not built.cached:
-            raise
-        built = cache.get(key, make, rebuild=f"the one in the cache does not load ({error})")
-        TensorRTEngine(built.engine, flavour, gpu).close()
+    if built.cached:
+        try:
+            TensorRTEngine(built.engine, flavour, gpu).close()
+        except EngineError as error:
+            built = cache.get(key, make, rebuild=f"the one in the cache does not load ({error})")
     if not built.cached:
         log.info("built the engine: %s", built.reason)
-    return built
+        TensorRTEngine(built.engine, flavour, gpu).close()  # what does not load must not be news
+    if output is not None:
+        write_bytes(output, built.engine)
+    return BuildReport(built, name, flavour, gpu, profile, time.perf_counter() - start)
+
+
+def _check_places(bundle: Bundle, cache: Path, output: str | Path | None) -> None:
+    """Refuse what would be found out, or do harm, only after a build of minutes."""
+    inside = bundle.path.resolve()
+    for path in (cache, *([] if output is None else [Path(output)])):
+        if path.resolve().is_relative_to(inside):
+            raise ConfigError(
+                f"{path} is inside the bundle {bundle.path}, whose list of files is closed; give "
+                "another path"
+            )
+    if output is None:
+        return
+    folder = Path(output).parent
+    if Path(output).is_dir() or not folder.is_dir():
+        raise ConfigError(f"cannot write {output}: give a file in a directory that exists")
+    check_writable(folder)
 
 
 def log_progress() -> Progress:
@@ -193,17 +196,3 @@ def log_progress() -> Progress:
             log.info("building the engine: %.0f %%, %s", 100 * fraction, phase)
 
     return show
-
-
-def builder(
-    manifest: Manifest, variant: str, cache_dir: str | Path | None
-) -> Callable[[bytes, Flavour, GPU], bytes]:
-    """What `Generator.load(build="missing")` builds with, by the default options."""
-    options = BuildOptions()
-
-    def make(model: bytes, flavour: Flavour, gpu: GPU) -> bytes:
-        cache = EngineCache(cache_directory(cache_dir))
-        profile = options.profile(manifest)
-        return build_stored(model, variant, profile, options, flavour, gpu, cache).engine
-
-    return make

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from ddpm_edge import __version__
 from ddpm_edge.errors import DdpmEdgeError
 from ddpm_edge.runtimes.cuda import REMEDY
-from ddpm_edge.runtimes.flavour import MODULES
+from ddpm_edge.runtimes.flavour import MODULES, TITLES
 
 PROBE_SECONDS = 60.0
 FREE_BYTES = 1e9
@@ -48,7 +48,6 @@ JETPACKS = (
     ((0, 0), "5 or older", (8, 5), (3, 8)),
 )
 OLDEST_L4T = (36, 4)
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 BUILT_FOR_NUMPY_1 = re.compile(r"compiled using NumPy 1|_ARRAY_API|numpy\.core\.multiarray failed")
 LOADER_REASON = re.compile(r"(?<=with error: ).*|CUDA failure .*")
 JETSON_WHEELS = "https://pypi.jetson-ai-lab.io/jp6/cu126"

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the place of `path` only when the block ends well.
 
     The data is on disk (fsync) before it becomes visible, so a crash or a power cut leaves the old
@@ -21,7 +21,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     temporary = temporary_name(path)
     # Plain os.open, not tempfile: the file then has the permissions that any new file gets.
     handle = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode
     )
     try:
         with os.fdopen(handle, "wb") as file:
@@ -38,9 +38,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Atomically write `data` to `path`."""
-    with atomic_write(path) as file:
+def write_bytes(path: str | Path, data: bytes, mode: int = 0o666) -> None:
+    """Atomically write `data` to `path`, a new file with this mode less the umask."""
+    with atomic_write(path, mode) as file:
         file.write(data)
 
 

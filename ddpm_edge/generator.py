@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,20 @@ import numpy as np
 from ddpm_edge import checks
 from ddpm_edge.arrays import Array, Float32
 from ddpm_edge.bundle import BUILT_IN, REFERENCE, Bundle
-from ddpm_edge.errors import BundleError, ClosedError, ConfigError, ForkError
+from ddpm_edge.errors import (
+    BundleError,
+    ClosedError,
+    ConfigError,
+    EngineMissingError,
+    ForkError,
+)
 from ddpm_edge.images import from_images, to_images
 from ddpm_edge.latents import slerp
 from ddpm_edge.plan import Plan
 from ddpm_edge.reference import Comparison, Reference
 from ddpm_edge.request import Callback, Label, Made, Request, Step, check_dtype, is_many
 from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
-from ddpm_edge.runtimes import Engine, EngineStore, open_engine
+from ddpm_edge.runtimes import Engine, open_engine
 from ddpm_edge.samplers import inversion
 from ddpm_edge.sampling import Network, enough_memory
 from ddpm_edge.schedule import Schedule
@@ -30,6 +37,8 @@ from ddpm_edge.tasks import Known, Restore, Task, Vary
 
 INVERSION_STEPS = 100
 BUILD = ("never", "missing")
+
+log = logging.getLogger("ddpm_edge")
 
 
 @dataclass(frozen=True, eq=False)
@@ -596,17 +605,24 @@ def open_bundle(
     """The variant's name and its engine; arguments and errors as for `Generator.load`."""
     if build not in BUILD:
         raise ConfigError(f"build must be one of {', '.join(BUILD)}; got {build!r}")
+    if build == "missing" and runtime != "tensorrt":
+        raise ConfigError(f"build='missing' goes with runtime='tensorrt'; got runtime={runtime!r}")
     name, model = bundle.model(variant)
-    words: list[object] = ["ddpm-edge", "build"]
-    words += [] if bundle.path == BUILT_IN else [bundle.path]
-    for option, value in (("variant", variant), ("device", device), ("cache-dir", cache_dir)):
-        words += [] if value is None else [f"--{option}", value]
-    store = EngineStore(cache_dir, name, shlex.join(map(str, words)))
-    if build == "missing" and runtime != "auto":
-        from ddpm_edge.build import builder
+    try:
+        return name, open_engine(model, runtime, device, threads, cache_dir, name)
+    except EngineMissingError as error:
+        if build != "missing":
+            given = {"variant": variant, "device": device, "cache-dir": cache_dir}
+            words: list[object] = [] if bundle.path == BUILT_IN else [bundle.path]
+            for option, value in given.items():
+                words += [] if value is None else [f"--{option}", value]
+            line = shlex.join(["ddpm-edge", "build", *map(str, words)])
+            raise EngineMissingError(f"{error}; build it on this device: {line}") from error
+        log.info("%s", error)
+    from ddpm_edge.build import build as build_engine
 
-        store = replace(store, build=builder(bundle.manifest, name, cache_dir))
-    return name, open_engine(model, runtime, device, threads, store)
+    report = build_engine(bundle.path, variant=variant, device=device, cache_dir=cache_dir)
+    return name, report.open()
 
 
 def _last_latents(made: Made, plan: Plan, schedule: Schedule) -> Float32:

@@ -7,7 +7,9 @@ same noise on both sides.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -25,6 +27,7 @@ TAIL = 50  # steps of Algorithm 2 that the quick gate runs
 SAMPLES = 500  # for the Frechet distance, which takes more of them than there are features
 CHUNK = 20
 GRID = 8
+TINY = 1e-12  # a network whose samples are all the same
 FRECHET_TOLERANCE = 0.1  # a tenth of what other noise changes is not seen
 
 Report = Callable[[Comparison], None]
@@ -100,7 +103,7 @@ class HalfGate:
             distance = frechet_distance(_moments(network, seed=0), same)
             floor = frechet_distance(another, same)
             what = f"Frechet distance of {SAMPLES} samples to fp32's, over that of another seed's"
-            yield Comparison(what, distance / floor, FRECHET_TOLERANCE, RATIO)
+            yield Comparison(what, distance / max(floor, TINY), FRECHET_TOLERANCE, RATIO)
 
     @functools.cached_property
     def _single_moments(self) -> tuple[Moments, Moments]:
@@ -111,24 +114,29 @@ def _moments(network: Network, seed: int) -> Moments:
     """Of the features of SAMPLES images of the default plan, labels in turn."""
     manifest = network.manifest
     plan, classes = manifest.make_plan(), len(manifest.class_names)
-    features = []
-    for first in range(0, SAMPLES, CHUNK):
-        samples = range(first, first + CHUNK)
-        labels = np.arange(first, first + CHUNK) % classes if classes else None
-        *_, last = sample_states(network, plan, seed, samples, labels)
-        features.append(_features(last.x))
+    with _features(manifest.sample_shape) as features_of:
+        features = []
+        for first in range(0, SAMPLES, CHUNK):
+            samples = range(first, first + CHUNK)
+            labels = np.arange(first, first + CHUNK) % classes if classes else None
+            *_, last = sample_states(network, plan, seed, samples, labels)
+            features.append(features_of(last.x))
     return Moments.of(np.concatenate(features))
 
 
-def _features(x: Array) -> Array:
+@contextlib.contextmanager
+def _features(shape: tuple[int, int, int]) -> Iterator[Callable[[Array], Array]]:
     """What is compared of states (N, C, H, W): the feature network's view, or small means.
 
     There is no feature network for every kind of image. A difference between two precisions of one
-    network, from the same noise, shows in the means over an 8 x 8 grid as well.
+    network, from the same noise, shows in the means over a grid as well.
     """
-    if x.shape[1:] == (1, 28, 28):
+    if shape == (1, 28, 28):
         with FeatureNetwork.fashion_mnist(device="cpu") as network:
-            return network(to_images(x, "float32")).features
-    rows, columns = (np.array_split(np.arange(n), min(n, GRID)) for n in x.shape[2:])
-    means = [x[:, :, r][:, :, :, c].mean(axis=(2, 3)) for r in rows for c in columns]  # (N, C)
-    return np.concatenate(means, axis=1)
+            yield lambda x: network(to_images(x, "float32")).features
+        return
+    cells = min(GRID, math.isqrt(SAMPLES // 2 // shape[0]))  # fewer features than samples
+    rows, columns = (np.array_split(np.arange(n), min(n, cells)) for n in shape[1:])
+    yield lambda x: np.concatenate(
+        [x[:, :, r][:, :, :, c].mean(axis=(2, 3)) for r in rows for c in columns], axis=1
+    )

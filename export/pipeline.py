@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm_edge.bundle import REFERENCE, Bundle, check_target, write_bundle
 from ddpm_edge.errors import BundleError, ConfigError, ExportError, RuntimeUnavailableError
 from ddpm_edge.export.gate import HalfGate, Report, check
+from ddpm_edge.export.precision import HALF
 from ddpm_edge.export.variants import FILES, VARIANTS, Variant, half_variant
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.onnx_check import check_model
@@ -113,7 +114,8 @@ def export(
         )
     entry = {"file": FILES["fp32"], "parity": {c.what: c.figure() for c in comparisons}}
     single = Variant("fp32", data, entry)
-    return write_variants(path, manifest, single, reference, variants, gate, report)
+    kept = {"fp32": single} if "fp32" in variants else {}
+    return write_variants(path, manifest, single, kept, reference, variants, gate, report)
 
 
 def export_bundle(
@@ -124,7 +126,14 @@ def export_bundle(
     gate: str = "quick",
     report: Report | None = None,
 ) -> Bundle:
-    """A bundle again, in other precisions; needs onnx, but no torch. Arguments as for `export`.
+    """A bundle again, with more precisions; those it has stay. Needs onnx, but no torch.
+
+    Args:
+        bundle: its directory.
+        path: see `export`; the bundle itself is fine.
+        variants: precisions that are made anew.
+        gate: see `export`.
+        report: see `export`.
 
     Raises:
         BundleError: not a bundle, or one without fp32 or without reference.npz.
@@ -140,25 +149,42 @@ def export_bundle(
             f"{opened.path} has no fp32, or no {REFERENCE}: other precisions are made of the one "
             "and held against the other; export the model again"
         )
-    single = Variant("fp32", opened.model("fp32")[1], dict(manifest.variants["fp32"]))
+    have = {
+        name: Variant(name, opened.model(name)[1], dict(entry))
+        for name, entry in manifest.variants.items()
+    }
+    have["fp32"].entry.pop("ladder", None)  # why an earlier export has nothing else
     reference = Reference.from_bytes(opened.read(REFERENCE), manifest)
-    return write_variants(path, manifest, single, reference, variants, gate, report)
+    single = have["fp32"]
+    return write_variants(path, manifest, single, have, reference, variants, gate, report)
 
 
 def write_variants(
     path: Path,
     manifest: Manifest,
     single: Variant,
+    kept: Mapping[str, Variant],
     reference: Reference,
     wanted: Sequence[str],
     gate: str,
     report: Report | None,
 ) -> Bundle:
-    """Write a bundle with the precisions that are wanted, or those that passed instead."""
+    """Write a bundle with the precisions that are wanted, or those that passed instead.
+
+    Args:
+        path: where.
+        manifest: what it says, but for the variants.
+        single: the float32 model, which others are made of.
+        kept: variants that there are already, and stay.
+        reference: torch's answers.
+        wanted: precisions that are made.
+        gate: see `export`.
+        report: see `export`.
+    """
     from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 
-    made = {"fp32": single} if "fp32" in wanted else {}
-    halves = [name for name in VARIANTS if name in wanted and name != "fp32"]
+    made, ladders = dict(kept), dict[str, list[str]]()
+    halves = [name for name in HALF if name in wanted]
     if halves:
         try:
             import onnx
@@ -173,12 +199,15 @@ def write_variants(
                 variant, failed = half_variant(model, name, half_gate, report)
                 for line in failed:
                     log.warning("not taken: %s", line)
-                if variant is None:
-                    entry = single.entry | {"ladder": failed}
-                    variant = Variant("fp32", single.data, entry)
-                made.setdefault(variant.name, variant)
-                if variant.name != name:
+                if variant is None or variant.name != name:
+                    variant = variant or single
                     log.warning("%s is written instead of %s", variant.name, name)
+                    made.pop(name, None)  # of an earlier export, by another gate
+                made[variant.name] = variant
+                ladders.setdefault(variant.name, []).extend(failed)
+    for name, ladder in ladders.items():
+        if ladder:
+            made[name] = made[name]._replace(entry=made[name].entry | {"ladder": ladder})
     files = {variant.entry["file"]: variant.data for variant in made.values()}
     entries = {name: made[name].entry for name in VARIANTS if name in made}
     whole = Manifest(**{**vars(manifest), "variants": entries})

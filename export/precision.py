@@ -77,32 +77,40 @@ def to_half(model: onnx.ModelProto, precision: str, keep: Collection[str] = ()) 
         nodes.append(node)
         for i, name in enumerate(node.output):
             if name in outputs and wanted == half:
-                node.output[i] = f"{name}/{precision}"
+                made[name, half] = node.output[i] = f"{name}/{precision}"
                 nodes.append(_cast(node.output[i], name, single))
             elif name in types:
                 types[name] = wanted
     _replace(graph, nodes)
     if precision == "bf16":
-        model.opset_import[0].version = max(model.opset_import[0].version, BF16_OPSET)
+        (opset,) = (opset for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
+        opset.version = max(opset.version, BF16_OPSET)
     return model
 
 
 def half_nodes(model: onnx.ModelProto) -> set[str]:
     """First outputs of the nodes that may be computed in half precision.
 
-    They depend on x, have an operator of HALF_OPERATORS, and do not make what a reduction sums:
-    squares overflow fp16 from 256 on.
+    They depend on x and have an operator of HALF_OPERATORS. They neither make what a reduction
+    sums, whose squares overflow fp16 from 256 on, nor are made of reductions' results alone, such
+    as a variance plus eps.
     """
     import onnx
 
     floats = float_tensors(onnx.shape_inference.infer_shapes(model))
-    after_x, found = {"x"}, set()
     summed = {n for node in model.graph.node if node.op_type in REDUCTIONS for n in node.input}
+    after_x: set[str] = {"x"}
+    statistics: set[str] = set()
+    found: set[str] = set()
     for node in model.graph.node:
-        if after_x.isdisjoint(node.input):
+        from_x = after_x.intersection(node.input)
+        if not from_x:
             continue
-        after_x |= set(node.output)
-        if node.op_type in HALF_OPERATORS and node.output[0] in floats - summed:
+        outputs = floats.intersection(node.output)  # sizes are no values
+        after_x |= outputs
+        if node.op_type in REDUCTIONS or from_x <= statistics:
+            statistics |= outputs
+        elif node.op_type in HALF_OPERATORS and node.output[0] in floats - summed:
             found.add(node.output[0])
     return found
 

@@ -102,8 +102,10 @@ def _build(
     if workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
     if flavour.keeps_timings:
-        fits = config.set_timing_cache(config.create_timing_cache(earlier), False)
-        if not fits:  # it was of another GPU
+        timing_cache = config.create_timing_cache(earlier)
+        if timing_cache is None or not config.set_timing_cache(
+            timing_cache, False
+        ):  # of another GPU
             config.set_timing_cache(config.create_timing_cache(b""), False)
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
@@ -116,7 +118,7 @@ def _build(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise BuildError(
-            f"{flavour} cannot build the engine: {logger.said() or 'it does not say why'}; try a "
+            f"{flavour} cannot build the engine: {logger.said()}; try a "
             "smaller --max-batch, a larger --workspace-mb, or another --variant"
         )
     timings = bytes(config.get_timing_cache().serialize()) if flavour.keeps_timings else b""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import NonFiniteError
+from ddpm_edge.errors import EngineError, NonFiniteError
 from ddpm_edge.export.gate import HalfGate, Report
 from ddpm_edge.export.precision import (
     HALF,
@@ -84,7 +84,6 @@ def half_variant(
             figures = {c.what: c.figure() for c in passed}
             entry: dict[str, Any] = {"file": FILES[precision], "parity": figures}
             entry |= {"kept_in_fp32": list(keep.values())} if keep else {}
-            entry |= {"ladder": failed} if failed else {}
             return Variant(precision, data, entry), failed
         largest = largest or ranges(model, gate.reference, manifest)
         kept = f" with {len(keep)} more layers in fp32" if keep else ""
@@ -98,24 +97,23 @@ def _try(
     """The comparisons of a model, and why it does not pass the gate; "" = it does."""
     passed: list[Comparison] = []
     data = rounded(typed, precision).SerializeToString()
-    with OnnxRuntimeEngine(data, device="cpu", optimize=False) as engine:
-        try:
+    try:
+        with OnnxRuntimeEngine(data, device="cpu", optimize=False) as engine:
             for comparison in gate.comparisons(Network(engine, gate.single.manifest), precision):
                 if report is not None:
                     report(comparison)
                 if not comparison.passed:
                     return passed, str(comparison)
                 passed.append(comparison)
-        except NonFiniteError as error:
-            return passed, str(error)
+    except (NonFiniteError, EngineError) as error:
+        return passed, str(error)
     return passed, ""
 
 
 def ranges(model: onnx.ModelProto, reference: Reference, manifest: Manifest) -> dict[str, float]:
-    """The largest absolute value of every float32 tensor, asked what `reference` was asked."""
+    """The largest absolute value of every float32 tensor, for `reference`'s questions."""
     with RangeEngine(model) as engine:
-        for _ in reference.compare(Network(engine, manifest)):
-            pass
+        reference.answers_of(Network(engine, manifest), batch=1)
         return engine.largest
 
 
@@ -161,7 +159,8 @@ class RangeEngine:
 
 
 def _largest(values: Array) -> float:
-    return float(np.max(np.abs(values), initial=0.0))
+    """Of the finite ones: a mask of -inf overflows nothing."""
+    return float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
 
 
 def more_in_single(

@@ -2,6 +2,5 @@
 
 from ddpm_edge.runtimes.base import Engine, TensorSpec
 from ddpm_edge.runtimes.select import RUNTIMES, open_engine
-from ddpm_edge.runtimes.trt import EngineStore
 
-__all__ = ["RUNTIMES", "Engine", "EngineStore", "TensorSpec", "open_engine"]
+__all__ = ["RUNTIMES", "Engine", "TensorSpec", "open_engine"]

@@ -39,6 +39,7 @@ class GPU(NamedTuple):
         compute_capability: such as "8.7".
         memory: bytes in all; shared with the CPU where it is integrated.
         integrated: whether CPU and GPU share one memory, as on a Jetson.
+        multiprocessors: how many; tells the GPUs of one name apart.
     """
 
     number: int
@@ -46,6 +47,7 @@ class GPU(NamedTuple):
     compute_capability: str
     memory: int
     integrated: bool
+    multiprocessors: int
 
     @property
     def device(self) -> str:
@@ -96,6 +98,8 @@ def call(name: str, *arguments: Any) -> Any:
         )
     if kind == "cudaErrorMemoryAllocation":
         raise MemoryError(f"CUDA: {text}")
+    if kind == "cudaErrorInitializationError":
+        text += ", as in a forked child of a process that used the GPU: start it with 'spawn'"
     if kind in ABSENT:
         raise RuntimeUnavailableError(
             f"CUDA does not work here ({text}); `ddpm-edge doctor` says what is missing"
@@ -115,7 +119,7 @@ def gpus() -> list[GPU]:
         name = p.name.decode() if isinstance(p.name, bytes) else str(p.name)
         found.append(
             GPU(number, name.rstrip("\0"), f"{p.major}.{p.minor}", p.totalGlobalMem,
-                bool(p.integrated))
+                bool(p.integrated), p.multiProcessorCount)
         )  # fmt: skip
     if not found:
         raise RuntimeUnavailableError("CUDA sees no GPU; is CUDA_VISIBLE_DEVICES set?")

@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 
 from ddpm_edge.errors import CacheWarning, EngineMissingError, warn
 from ddpm_edge.files import write_bytes
+from ddpm_edge.runtimes.flavour import TITLES
 
 ENVIRONMENT = "DDPM_EDGE_CACHE"
 FORMAT = 1
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 # A file of the cache, or (with the dot) what a killed process left of one.
 OURS = re.compile(r"(\.)?([0-9a-f]{16})\.(?:plan|json|lock|timing)(?(1)\.[0-9a-f]{8}\.tmp)")
 # A link is not followed, and opening a pipe does not wait for who writes to it.
@@ -136,25 +136,16 @@ class EngineCache:
         """All engines whose side-cars can be trusted, the newest last."""
         return self._survey()[0]
 
-    def find(self, key: EngineKey, *, batch: int | None = None) -> tuple[bytes, Entry]:
+    def find(self, key: EngineKey) -> tuple[bytes, Entry]:
         """The newest engine, for a program that does not know what it was built with.
 
         Args:
             key: its profile and flags do not count.
-            batch: what the profile must hold; None = any.
 
         Raises:
             EngineMissingError: there is none; with the reason.
         """
-        return self._select(key, exact=False, batch=batch)
-
-    def why_not(self, key: EngineKey) -> str:
-        """Why the engine of exactly this key is not there; "" = it is."""
-        try:
-            self._select(key)
-        except EngineMissingError as error:
-            return str(error)
-        return ""
+        return self._select(key, exact=False)
 
     def get(self, key: EngineKey, build: Callable[[], bytes], *, rebuild: str = "") -> Built:
         """The engine of exactly this key, from the cache or built.
@@ -226,7 +217,7 @@ class EngineCache:
         """Write a file of the cache, or warn: what was built is not lost for that."""
         try:
             self._make_directories()
-            write_bytes(path, data)
+            write_bytes(path, data, mode=0o644)
             if _read(path) != data:
                 raise OSError(errno.EIO, "it reads back differently")
         except (OSError, EngineMissingError) as error:
@@ -272,9 +263,7 @@ class EngineCache:
         finally:
             lock.release()
 
-    def _select(
-        self, key: EngineKey, *, exact: bool = True, batch: int | None = None
-    ) -> tuple[bytes, Entry]:
+    def _select(self, key: EngineKey, *, exact: bool = True) -> tuple[bytes, Entry]:
         """The newest engine that will do; EngineMissingError has the most telling reason."""
         entries, refused = self._survey()
         nothing = "no engine of this model was built here"
@@ -283,13 +272,10 @@ class EngineCache:
             if entry.key.model != key.model:
                 continue
             differences = entry.key.differences(key, exact=exact)
-            least, _, most = entry.key.profile
             if differences:
                 theirs, ours = (", ".join(side) for side in zip(*differences, strict=True))
                 verb = "asked for" if exact else "this is"
                 reasons.append((len(differences), f"{entry} is for {theirs}, {verb} {ours}"))
-            elif batch is not None and not least <= batch <= most:
-                reasons.append((0, f"{entry} takes batches of {least} to {most}, not {batch}"))
             else:
                 try:
                     return _engine(entry), entry
@@ -364,6 +350,8 @@ def _read(path: Path) -> bytes:
                 raise EngineMissingError(f"{path} is not a plain file")
             if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
                 raise EngineMissingError(f"{path}: it belongs to another user ({status.st_uid})")
+            if hasattr(os, "geteuid") and status.st_mode & 0o022:
+                raise EngineMissingError(f"{path}: other users may write it")
             return file.read()
     except OSError as error:
         link = error.errno == errno.ELOOP

@@ -15,6 +15,7 @@ from ddpm_edge.errors import RuntimeUnavailableError
 from ddpm_edge.runtimes.cuda import GPU, REMEDY
 
 MODULES = ("tensorrt", "tensorrt_rtx")
+TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 0)}
 RTX = re.compile(r"\b(GeForce|RTX)\b")  # GPUs that TensorRT for RTX is made for
 

@@ -103,7 +103,7 @@ class OnnxRuntimeEngine:
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""
-        session = self._session
+        session, bound = self._session, self._bound  # another thread may close the engine
         if session is None:
             raise ClosedError("the engine was closed; open it again")
         batch = check_inputs(self.inputs, arrays)
@@ -111,10 +111,10 @@ class OnnxRuntimeEngine:
         slow = batch * self._seconds_a_sample > SLOW_SECONDS
         start = time.perf_counter()
         try:
-            if slow and sees_interrupts():
+            if bound is not None:  # on a GPU, whose evaluations are short
+                answers = bound.run(feed, batch, self._options)
+            elif slow and sees_interrupts():
                 answers = _run_interruptibly(session, names, feed)
-            elif self._bound is not None:
-                answers = self._bound.run(feed, batch, self._options)
             else:
                 answers = session.run(names, feed, self._options)
         except Exception as error:  # its exception classes have only Exception in common
@@ -203,7 +203,10 @@ def _open(source: str | bytes, options: Any, providers: list[Any], by_name: bool
         if len(providers) > 1 and not by_name:
             log.warning("ONNX Runtime cannot use the GPU (%s); it takes the CPU", error)
             return _open(source, options, providers[1:], by_name)
-        raise EngineError(f"ONNX Runtime cannot load the model: {error}") from error
+        remedy = ""
+        if "NOT_IMPLEMENTED" in str(error):  # bf16 on a CPU, above all
+            remedy = "; it cannot run this precision here: take another --variant, or TensorRT"
+        raise EngineError(f"ONNX Runtime cannot load the model: {error}{remedy}") from error
 
 
 def _run_options() -> Any:

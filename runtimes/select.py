@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ddpm_edge import checks
 from ddpm_edge.errors import EngineError, EngineMissingError, RuntimeUnavailableError
@@ -15,21 +16,30 @@ MAX_THREADS = 1024
 
 log = logging.getLogger("ddpm_edge")
 
-Opener = Callable[[bytes, str | None, int | None, trt.EngineStore], Engine]
+
+class Opening(NamedTuple):
+    """What an engine is opened with; see `open_engine`."""
+
+    model: bytes
+    variant: str
+    device: str | None
+    threads: int | None
+    cache_dir: str | Path | None
 
 
-def _onnx_runtime(
-    model: bytes, device: str | None, threads: int | None, _: trt.EngineStore
-) -> Engine:
-    return onnx_runtime.OnnxRuntimeEngine(model, device, threads)
+def _onnx_runtime(o: Opening) -> Engine:
+    return onnx_runtime.OnnxRuntimeEngine(o.model, o.device, o.threads)
 
 
-def _tensorrt(model: bytes, device: str | None, _: int | None, store: trt.EngineStore) -> Engine:
-    return trt.open_stored(model, device, store)
+def _tensorrt(o: Opening) -> Engine:
+    return trt.open_built(o.model, o.variant, o.device, o.cache_dir)
 
 
 # Best first: "auto" takes the first one that opens.
-RUNTIMES: dict[str, Opener] = {trt.NAME: _tensorrt, onnx_runtime.NAME: _onnx_runtime}
+RUNTIMES: dict[str, Callable[[Opening], Engine]] = {
+    trt.NAME: _tensorrt,
+    onnx_runtime.NAME: _onnx_runtime,
+}
 
 
 def open_engine(
@@ -37,7 +47,8 @@ def open_engine(
     runtime: str = "auto",
     device: str | None = None,
     threads: int | None = None,
-    store: trt.EngineStore | None = None,
+    cache_dir: str | Path | None = None,
+    variant: str = "fp32",
 ) -> Engine:
     """Open a model with a runtime.
 
@@ -47,13 +58,15 @@ def open_engine(
         runtime: a name in `RUNTIMES`, or "auto": the best one that works here without building
             anything, logged.
         device: "cpu", "cuda" or "cuda:N"; None = the runtime's best.
-        threads: CPU threads of one call, >= 1; None = the runtime's choice.
-        store: where TensorRT's engines are; None = in the user's cache.
+        threads: CPU threads of one call, >= 1; None = the runtime's choice. TensorRT needs none.
+        cache_dir: where engines that were built on this device are; None = the user's cache.
+        variant: precision of the model.
 
     Raises:
         RuntimeUnavailableError: what was asked for by name, or anything at all, is not there.
         EngineMissingError: TensorRT was asked for by name, and has no engine of this model.
         EngineError: the model cannot be loaded.
+        MemoryError: too little memory for it.
     """
     if threads is not None:
         threads = checks.whole("threads", threads, most=MAX_THREADS)
@@ -61,21 +74,25 @@ def open_engine(
         raise RuntimeUnavailableError(
             f"unknown runtime {runtime!r}; runtimes are auto, {', '.join(RUNTIMES)}"
         )
-    store = store or trt.EngineStore()
     data = model if isinstance(model, bytes) else _read(Path(model))
+    opening = Opening(data, variant, device, threads, cache_dir)
     if runtime != "auto":
-        return _said(RUNTIMES[runtime](data, device, threads, store))
+        return _said(RUNTIMES[runtime](opening))
     reasons: list[str] = []
-    for name, opener in RUNTIMES.items():
+    *others, last = RUNTIMES
+    for name in others:
         try:
-            return _said(opener(data, device, threads, store))
-        except EngineMissingError as error:
-            log.warning("not %s: %s", name, error)
-            reasons.append(f"{name}: {error}")
+            return _said(RUNTIMES[name](opening))
         except RuntimeUnavailableError as error:
             log.info("not %s: %s", name, error)
             reasons.append(f"{name}: {error}")
-    raise RuntimeUnavailableError("; ".join(reasons))
+        except (EngineMissingError, EngineError, MemoryError) as error:
+            log.warning("not %s: %s (`ddpm-edge build` makes its engine)", name, error)
+            reasons.append(f"{name}: {error}")
+    try:
+        return _said(RUNTIMES[last](opening))
+    except RuntimeUnavailableError as error:
+        raise RuntimeUnavailableError("; ".join([*reasons, f"{last}: {error}"])) from error
 
 
 def _said(engine: Engine) -> Engine:

@@ -6,18 +6,24 @@ torch nor PyCUDA is needed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import ClosedError, EngineError, EngineLostError, EngineMissingError
+from ddpm_edge.errors import (
+    ClosedError,
+    EngineError,
+    EngineLostError,
+    EngineMissingError,
+    OutOfMemoryError,
+)
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
 from ddpm_edge.runtimes.cuda import GPU
@@ -30,48 +36,24 @@ NAME = "tensorrt"
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
 
 
-@dataclass(frozen=True)
-class EngineStore:
-    """Where engines that were built on this device are, and what is done where one is missing.
-
-    Attributes:
-        directory: of the cache; None = the user's (see `cache_directory`).
-        variant: precision of the model.
-        command: the line that builds the engine, for messages.
-        build: makes the missing engine of an ONNX file; None = an error says `command`.
-    """
-
-    directory: str | Path | None = None
-    variant: str = "fp32"
-    command: str = "ddpm-edge build BUNDLE"
-    build: Callable[[bytes, Flavour, GPU], bytes] | None = None
-
-
-def open_stored(model: bytes, device: str | None, store: EngineStore) -> TensorRTEngine:
-    """Open the engine of an ONNX file that was built on this device, the newest there is.
+def open_built(
+    model: bytes, variant: str, device: str | None, cache_dir: str | Path | None
+) -> TensorRTEngine:
+    """Open the newest engine of an ONNX file that was built on this device.
 
     Raises:
         RuntimeUnavailableError: no GPU that works, or no TensorRT.
-        EngineMissingError: no engine of this model, GPU and TensorRT; with the reason.
+        EngineMissingError: no engine of this model, GPU and TensorRT that loads; with the reason.
     """
     gpu = cuda.gpu(device)  # before TensorRT is touched
     flavour = flavour_for(gpu)
-    key = engine_key(model, store.variant, flavour, gpu)
-    try:
-        engine, _ = EngineCache(cache_directory(store.directory)).find(key)
-    except EngineMissingError as error:
-        if store.build is None:
-            raise EngineMissingError(
-                f"{error}; build it on this device: {store.command} (or load with build='missing')"
-            ) from None
-        log.info("%s", error)
-        engine = store.build(model, flavour, gpu)
+    engine, entry = EngineCache(cache_directory(cache_dir)).find(
+        engine_key(model, variant, flavour, gpu)
+    )
     try:
         return TensorRTEngine(engine, flavour, gpu)
-    except EngineError:
-        if store.build is None:
-            raise
-        return TensorRTEngine(store.build(model, flavour, gpu), flavour, gpu)
+    except EngineError as error:
+        raise EngineMissingError(f"{entry} does not load: {error}") from error
 
 
 def engine_key(
@@ -88,7 +70,7 @@ def engine_key(
         variant=variant,
         flavour=flavour.name,
         version=flavour.version,
-        device=gpu.name,
+        device=f"{gpu.name}, {gpu.multiprocessors} SMs",  # all Orins have one name
         compute_capability=gpu.compute_capability,
         profile=profile,
         flags=dict(flags or {}),
@@ -106,7 +88,7 @@ class TensorRTEngine:
 
     Raises:
         EngineError: it is not an engine for this TensorRT and this GPU.
-        MemoryError: too little memory on the GPU.
+        OutOfMemoryError: too little memory on the GPU.
     """
 
     runtime: str
@@ -118,18 +100,19 @@ class TensorRTEngine:
         self._gpu, self._buffers = gpu, Buffers()
         self._context: Any = None
         self._lost: EngineLostError | None = None
+        self._logger = collecting_logger(trt, warnings=logging.WARNING)
         cuda.call("cudaSetDevice", gpu.number)
-        self._logger = collecting_logger(trt)
+        self._stream: Any = None
         self._runtime: Any = trt.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:  # it does not raise
-            raise EngineError(
-                f"{flavour} on {gpu} does not load the engine: {self._logger.said()}; build it "
-                "here: ddpm-edge build"
-            )
+            raise EngineError(f"{flavour} on {gpu} refuses the engine: {self._logger.said()}")
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise MemoryError(f"{flavour}: no execution context: {self._logger.said()}")
+            raise OutOfMemoryError(
+                f"{flavour} on {gpu} has no memory to run the engine: {self._logger.said()}; end "
+                "what else uses the GPU, or ddpm-edge build with a smaller --max-batch"
+            )
         self.inputs, self.outputs = _specs(trt, self._engine)
         shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
         self.min_batch, self.best_batch, self.max_batch = (int(shape[0]) for shape in shapes)
@@ -172,7 +155,7 @@ class TensorRTEngine:
             device, answers[name] = self._buffers.of(name, shape, spec.dtype)
             self._bind(name, device, None)
         if not self._context.execute_async_v3(int(self._stream)):
-            raise EngineError(f"TensorRT failed: {self._logger.said() or 'it does not say why'}")
+            raise EngineError(f"TensorRT failed: {self._logger.said()}")
         for name, host in answers.items():
             device = self._buffers.device(name)
             _copy(host.ctypes.data, device, host.nbytes, "cudaMemcpyDeviceToHost", self._stream)
@@ -191,10 +174,11 @@ class TensorRTEngine:
         if self._context is None:
             return
         self._context = self._engine = self._runtime = None  # in this order
-        if self._lost is None:  # nothing can be freed on a lost GPU
-            cuda.call("cudaSetDevice", self._gpu.number)
-            self._buffers.free()
-            cuda.call("cudaStreamDestroy", self._stream)
+        with contextlib.suppress(EngineLostError):  # nothing can be freed on a lost GPU
+            if self._lost is None:
+                cuda.call("cudaSetDevice", self._gpu.number)
+                self._buffers.free()
+                cuda.call("cudaStreamDestroy", self._stream)
 
     def __enter__(self) -> TensorRTEngine:
         return self
@@ -262,12 +246,17 @@ def _specs(trt: Any, engine: Any) -> tuple[dict[str, TensorSpec], dict[str, Tens
     return inputs, outputs
 
 
-def collecting_logger(trt: Any) -> Any:
-    """A logger of TensorRT that passes its words on to `ddpm_edge` and keeps what went wrong."""
+def collecting_logger(trt: Any, warnings: int = logging.INFO) -> Any:
+    """A logger of TensorRT that passes its words on to `ddpm_edge` and keeps what went wrong.
+
+    Args:
+        trt: the module.
+        warnings: level at which its warnings are logged. Builders warn a lot.
+    """
     levels = {
         trt.ILogger.Severity.INTERNAL_ERROR: logging.ERROR,
         trt.ILogger.Severity.ERROR: logging.ERROR,
-        trt.ILogger.Severity.WARNING: logging.INFO,
+        trt.ILogger.Severity.WARNING: warnings,
         trt.ILogger.Severity.INFO: logging.DEBUG,
         trt.ILogger.Severity.VERBOSE: logging.NOTSET,
     }
@@ -287,6 +276,6 @@ def collecting_logger(trt: Any) -> Any:
         def said(self) -> str:
             """The errors since the last time, the first ones."""
             said, self.errors = self.errors[:3], []
-            return "; ".join(said)
+            return "; ".join(said) or "it does not say why"
 
     return Logger()

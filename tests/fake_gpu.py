@@ -13,6 +13,7 @@ import ctypes
 import enum
 import json
 import sys
+import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ class FakeCuda(ModuleType):
 
     def __init__(self, names: tuple[str, ...] = ("Orin",), memory: int = 1 << 33) -> None:
         super().__init__("cuda.bindings.runtime")
-        self.names, self.memory = names, memory
+        self.names, self.memory, self.multiprocessors = names, memory, 16
         self.fail: dict[str, CudaError] = {}
         self.blocks: dict[str, dict[int, Any]] = {"device": {}, "host": {}}
         self.streams: dict[int, list[Callable[[], None]]] = {}
@@ -68,7 +69,7 @@ class FakeCuda(ModuleType):
     def cudaGetDeviceProperties(self, number: int) -> Any:
         return SimpleNamespace(
             name=self.names[number].encode(), major=8, minor=7, totalGlobalMem=self.memory,
-            integrated=1,
+            integrated=1, multiProcessorCount=self.multiprocessors,
         )  # fmt: skip
 
     def cudaSetDevice(self, number: int) -> Any:
@@ -143,7 +144,7 @@ class FakeTensorRT(ModuleType):
         super().__init__(name)
         self.cuda, self.__version__ = cuda, version
         self.builds: list[dict[str, Any]] = []
-        self.build_fails = self.context_fails = False
+        self.build_fails = self.context_fails = self.slow = self.cancelled = False
 
     def Builder(self, logger: Any) -> Any:
         return Builder(self, logger)
@@ -188,10 +189,18 @@ class Builder:
 
     def create_builder_config(self) -> Any:
         config = SimpleNamespace(timing=b"", limits={}, cleared=[], profiles=[])
+
+        def take(data: bytes, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            if data == b"of another GPU":
+                return False
+            config.timing = data
+            return True
+
         config.clear_flag = config.cleared.append
         config.set_memory_pool_limit = config.limits.__setitem__
-        config.create_timing_cache = lambda data: data
-        config.set_timing_cache = lambda data, _: setattr(config, "timing", data) or True
+        config.create_timing_cache = lambda data: None if data == b"damaged" else data
+        config.set_timing_cache = take
         config.get_timing_cache = lambda: SimpleNamespace(serialize=lambda: config.timing + b"+")
         config.add_optimization_profile = config.profiles.append
         return config
@@ -204,8 +213,12 @@ class Builder:
     def build_serialized_network(self, network: Any, config: Any) -> Any:
         monitor = config.progress_monitor
         monitor.phase_start("building", None, 2)
-        if not monitor.step_complete("building", 0):
-            return None
+        give_up = time.monotonic() + 10
+        while self.trt.slow and time.monotonic() < give_up:  # ends by being cancelled alone
+            if not monitor.step_complete("building", 0):
+                self.trt.cancelled = True
+                return None
+            time.sleep(0.01)
         monitor.phase_finish("building")
         (profile,) = config.profiles
         batches = {tuple(size[0] for size in sizes) for sizes in profile.shapes.values()}

@@ -17,9 +17,10 @@ from torch import nn
 
 from ddpm_edge import Bundle, Generator
 from ddpm_edge.cli import main
-from ddpm_edge.errors import BundleError, ConfigError
+from ddpm_edge.errors import BundleError, ConfigError, EngineError
 from ddpm_edge.export import export, export_bundle
 from ddpm_edge.export.precision import half_nodes, layers, rounded, to_half
+from ddpm_edge.export.to_onnx import onnx_model
 from ddpm_edge.onnx_check import check_model
 from ddpm_edge.reference import HALF_TOLERANCE, ROUNDING, Comparison
 from ddpm_edge.schedule import Schedule
@@ -125,16 +126,59 @@ def test_kept_nodes_stay(builtin: Any) -> None:
     assert {types(model)[name] for name in (*same.input, *same.output)} == {FLOAT}
 
 
-def test_squares_that_a_reduction_sums_stay() -> None:
+class RMSNorm(nn.Module):
+    """x over its root mean square, as people write it."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(dim=(1, 2, 3), keepdim=True) + 1e-8)
+
+
+class VarNorm(nn.Module):
+    """Group normalisation by hand."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        variance = ((x - mean) * (x - mean)).mean(dim=(1, 2, 3), keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-8)
+
+
+class Unit(nn.Module):
+    """F.normalize, whose lower limit of 1e-12 is 0 in fp16."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(torch.relu(x), dim=1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e3])
+@pytest.mark.parametrize("network", [RMSNorm(), VarNorm(), Unit()], ids=lambda n: type(n).__name__)
+def test_statistics_stay_in_float32(network: nn.Module, scale: float, precision: str) -> None:
+    """A mean of squares is beyond fp16 from 256 on, and its eps below it."""
+    x = scale * np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)
+    x[:, :, 0] = 0
+    model = onnx_model(network, {"x": x, "t": np.ones(2, np.int64)}, ["prediction"])
+    feed = {v.name: {"x": x, "t": np.ones(2, np.int64)}[v.name] for v in model.graph.input}
+    exact = compute(model, **feed)
+    ours = compute(rounded(to_half(model, precision), precision), **feed)
+    assert np.isfinite(exact).all()
+    error = np.sqrt(np.mean((ours - exact) ** 2) / np.mean(exact**2))
+    assert error < 3 * ROUNDING[precision]  # x, the statistics' root and their product, each once
+
+
+def test_a_result_that_is_used_again() -> None:
     model = graph(
-        node("Mul", "x", "x", "squares"),
-        node("ReduceMean", "squares", "axes", "mean", keepdims=1),
-        node("Sqrt", "mean", "root"),
-        node("Div", "x", "root", "prediction"),
-        constants={"axes": np.array([1, 2])},
-    )
-    x = np.full((1, 2, 4), 3e3, np.float32)  # whose squares are beyond 65504
-    np.testing.assert_allclose(half_of(model, "fp16", x), 1.0, rtol=1e-3)
+        node("Add", "x", "x", "prediction"), node("Mul", "prediction", "prediction", "unused"),
+    )  # fmt: skip
+    half = to_half(model, "fp16")
+    onnx.checker.check_model(half, full_check=True)
+    np.testing.assert_array_equal(half_of(model, "fp16", np.ones((1, 2, 4), np.float32)), 2.0)
+
+
+def test_other_domains_keep_their_operator_set() -> None:
+    model = graph(node("Add", "x", "x", "prediction"))
+    model.opset_import.insert(0, onnx.helper.make_opsetid("ai.onnx.ml", 3))
+    versions = {o.domain: o.version for o in to_half(model, "bf16").opset_import}
+    assert versions == {"ai.onnx.ml": 3, "": 22}
 
 
 # The arithmetic: what a type that rounds after every operation gives
@@ -270,12 +314,56 @@ def test_values_too_small_for_fp16_take_bf16(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_no_half_precision_can_do_stays_fp32(tmp_path: Path) -> None:
-    bundle = exported(Cancels(), tmp_path / "b", "fp16")
+@pytest.mark.parametrize("variants", [["fp16"], ["fp32", "fp16"]])
+def test_what_no_half_precision_can_do_stays_fp32(tmp_path: Path, variants: list[str]) -> None:
+    bundle = exported(Cancels(), tmp_path / "b", *variants)
     assert list(bundle.manifest.variants) == ["fp32"]  # though only fp16 was wanted
     assert len(bundle.manifest.variants["fp32"]["ladder"]) == 4
     with Generator.load(bundle.path, runtime="onnxruntime", device="cpu") as generator:
         assert all(c.passed for c in generator.verify())
+
+
+class Masked(nn.Module):
+    """Attention that sees no later pixel: infinity on purpose, and one product too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loud = nn.Conv2d(3, 3, 1)
+        with torch.no_grad():
+            self.loud.weight *= 1e6
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(2).transpose(1, 2)  # (B, 64, 3)
+        later = torch.ones(64, 64, dtype=torch.bool).triu(1)
+        weights = (rows @ rows.transpose(1, 2)).masked_fill(later, -torch.inf).softmax(-1)
+        mixed = (weights @ rows).transpose(1, 2).reshape(x.shape)
+        loud = self.loud(mixed)
+        return x + loud / (1 + loud.abs())
+
+
+def test_infinity_on_purpose_is_not_blamed(tmp_path: Path) -> None:
+    entry = exported(Masked(), tmp_path / "b", "fp32", "fp16").manifest.variants["fp16"]
+    assert "layer 'network.loud' reaches" in entry["ladder"][0]
+    assert "network.loud" in entry["kept_in_fp32"]
+
+
+class Zero(nn.Module):
+    """A network whose last layer begins at 0, not yet trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def test_answers_of_zero_pass(tmp_path: Path) -> None:
+    bundle = exported(Zero(), tmp_path / "b", "fp32", "fp16", gate="full")
+    assert list(bundle.manifest.variants) == ["fp32", "fp16"]
 
 
 def test_the_full_gate_compares_samples(tmp_path: Path) -> None:
@@ -293,10 +381,18 @@ def test_a_bundle_again(tmp_path: Path) -> None:
     again = export_bundle(once.path, tmp_path / "c", variants=["fp32", "fp16"])
     assert again.files == whole.files
     assert again.manifest.variants == whole.manifest.variants
-    export_bundle(once.path, once.path, variants=["fp16"])  # in its own place
-    assert list(Bundle.open(once.path).manifest.variants) == ["fp16"]
+    added = export_bundle(again.path, again.path, variants=["bf16"])  # in its own place
+    assert list(added.manifest.variants) == ["fp32", "fp16", "bf16"]
+    assert added.read("unet.fp16.onnx") == whole.read("unet.fp16.onnx")
+    alone = exported(Loud(1.0), tmp_path / "d", "fp16")
     with pytest.raises(BundleError, match="has no fp32"):
-        export_bundle(once.path, tmp_path / "d", variants=["bf16"])
+        export_bundle(alone.path, tmp_path / "e", variants=["bf16"])
+
+
+def test_bf16_says_what_runs_it(tmp_path: Path) -> None:
+    bundle = exported(Loud(1.0), tmp_path / "b", "bf16")
+    with pytest.raises(EngineError, match=r"cannot run this precision here: take another --var"):
+        Generator.load(bundle.path, runtime="onnxruntime", device="cpu")
 
 
 def run(*arguments: object) -> Any:
@@ -307,8 +403,9 @@ def test_commands(tmp_path: Path) -> None:
     result = run("export", "-o", tmp_path / "b", "--variants", "fp16,bf16")  # the built-in model
     assert result.exit_code == 0, result.output
     assert "-[v] 20-step DDIM: relative error" in result.output
-    assert f"{tmp_path / 'b'}: fp16, bf16; " in result.output
-    result = run("verify", tmp_path / "b", "--json", "--runtime", "onnxruntime")
+    assert f"{tmp_path / 'b'}: fp32, fp16, bf16; " in result.output
+    here = ["--json", "--runtime", "onnxruntime", "--variant", "fp16"]
+    result = run("verify", tmp_path / "b", *here)
     report = json.loads(result.output)
     assert (report["variant"], report["passed"]) == ("fp16", True)
     assert {"what", "relative_error", "tolerance"} == report["comparisons"][0].keys()

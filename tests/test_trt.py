@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ddpm_edge.build import BuildOptions, build
 from ddpm_edge.cli import main
 from ddpm_edge.errors import (
     BuildError,
+    CacheWarning,
     ClosedError,
     ConfigError,
     EngineError,
@@ -30,6 +32,7 @@ from ddpm_edge.errors import (
     OutOfMemoryError,
     RuntimeUnavailableError,
 )
+from ddpm_edge.export.to_tensorrt import Profile, build_engine
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.flavour import Flavour, flavour_for
 from ddpm_edge.runtimes.trt import TensorRTEngine
@@ -137,8 +140,13 @@ def test_a_lost_gpu(generator: Generator, gpu: FakeTensorRT, call: str) -> None:
         ):
             generator.sample(1, steps=1)
         gpu.cuda.fail.clear()
-    gpu.cuda.fail["cudaFree"] = CudaError.cudaErrorIllegalAddress
     generator.close()
+
+
+def test_a_gpu_that_is_found_lost_at_the_end(generator: Generator, gpu: FakeTensorRT) -> None:
+    generator.sample(1, steps=1)
+    gpu.cuda.fail["cudaFree"] = CudaError.cudaErrorIllegalAddress
+    generator.close()  # in the place of what the app itself may be raising
 
 
 def test_too_little_memory(generator: Generator, gpu: FakeTensorRT) -> None:
@@ -162,16 +170,14 @@ def test_no_memory_for_pinned_buffers_frees_the_others(
 def test_no_memory_for_the_context(gpu: FakeTensorRT) -> None:
     engine = engine_bytes(gpu)
     gpu.context_fails = True
-    with pytest.raises(MemoryError, match="no execution context"):
+    with pytest.raises(OutOfMemoryError, match="no memory to run the engine: it does not say why"):
         TensorRTEngine(engine, flavour_for(cuda.gpu()), cuda.gpu())
 
 
 def test_an_engine_of_another_version(gpu: FakeTensorRT) -> None:
     engine = engine_bytes(gpu)
     gpu.__version__ = "10.4.0"
-    with pytest.raises(
-        EngineError, match=r"10.4.0 on Orin \(cuda:0, .*8.7\) does not load the eng"
-    ):
+    with pytest.raises(EngineError, match=r"10.4.0 on Orin \(cuda:0, .*8.7\) refuses the eng"):
         TensorRTEngine(engine, flavour_for(cuda.gpu()), cuda.gpu())
 
 
@@ -210,7 +216,7 @@ def test_the_flavour_is_that_of_the_gpu(
     name: str,
     chosen: str,
 ) -> None:
-    card = cuda.GPU(0, name, "8.9", 1 << 33, False)
+    card = cuda.GPU(0, name, "8.9", 1 << 33, False, 46)
     assert flavour_for(card).name == "tensorrt"  # the only one installed
     rtx = FakeTensorRT(gpu.cuda, "tensorrt_rtx", "1.7.1")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", rtx)
@@ -236,7 +242,7 @@ def test_what_the_builder_is_told(gpu: FakeTensorRT) -> None:
     config = told["config"]
     assert (config.limits, config.cleared) == ({"WORKSPACE": 256 << 20}, ["TF32"])
     assert config.builder_optimization_level == 5
-    assert (report.variant, report.flavour, report.gpu.name) == ("fp32", "tensorrt 10.3.0", "Orin")
+    assert (report.variant, str(report.flavour), report.gpu.name) == ("fp32", "tensorrt 10.3.0", "Orin")
 
 
 def test_built_once(gpu: FakeTensorRT, cache: Path) -> None:
@@ -321,13 +327,13 @@ def test_a_missing_engine_says_the_command(gpu: FakeTensorRT, tmp_path: Path) ->
     shutil.copytree(Bundle.open().path, bundle)
     with pytest.raises(EngineMissingError) as error:
         Generator.load(bundle, runtime="tensorrt", variant="fp32", cache_dir=tmp_path / "c")
-    line = f"ddpm-edge build '{bundle}' --variant fp32 --cache-dir {tmp_path / 'c'} ("
-    assert line in str(error.value)
+    line = f"ddpm-edge build '{bundle}' --variant fp32 --cache-dir {tmp_path / 'c'}"
+    assert str(error.value).endswith(line)
     assert not gpu.builds
 
 
 def test_the_command_that_is_said_works(gpu: FakeTensorRT) -> None:
-    with pytest.raises(EngineMissingError, match=r": ddpm-edge build \(or load with build="):
+    with pytest.raises(EngineMissingError, match=r"on this device: ddpm-edge build$"):
         Generator.load(runtime="tensorrt")
     assert CliRunner().invoke(main, ["build"]).exit_code == 0
     Generator.load(runtime="tensorrt").close()
@@ -351,13 +357,84 @@ def test_build_missing_takes_what_is_there(gpu: FakeTensorRT) -> None:
 
 
 def test_auto_never_builds(gpu: FakeTensorRT, caplog: pytest.LogCaptureFixture) -> None:
-    with Generator.load(build="missing", device=None) as generator:
+    with Generator.load() as generator:
         assert generator.runtime == "onnxruntime on cpu"
     assert not gpu.builds
-    assert "not tensorrt: no engine of this model was built here; build it" in caplog.text
+    assert "not tensorrt: no engine of this model was built here (`ddpm-edge build`" in caplog.text
+    with pytest.raises(ConfigError, match="goes with runtime='tensorrt'; got runtime='auto'"):
+        Generator.load(build="missing")
     build()
     with Generator.load() as generator:
         assert generator.runtime == "tensorrt on cuda:0"
+
+
+def test_auto_goes_on_where_an_engine_does_not_load(
+    gpu: FakeTensorRT, caplog: pytest.LogCaptureFixture
+) -> None:
+    build()
+    gpu.context_fails = True
+    with Generator.load() as generator:
+        assert generator.runtime == "onnxruntime on cpu"
+    assert "no memory to run the engine" in caplog.text
+    gpu.context_fails = False
+    gpu.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: None)  # type: ignore[method-assign]
+    with Generator.load() as generator:
+        assert generator.runtime == "onnxruntime on cpu"
+    assert "the engine built on" in caplog.text
+    assert "does not load: tensorrt 10.3.0 on Orin" in caplog.text
+
+
+def test_build_missing_replaces_what_does_not_load(gpu: FakeTensorRT) -> None:
+    build()
+    real, refused = gpu.Runtime, []
+
+    def twice(logger: Any) -> Any:
+        if len(refused) == 2:
+            return real(logger)
+        refused.append(1)
+        return SimpleNamespace(deserialize_cuda_engine=lambda _: None)
+
+    gpu.Runtime = twice  # type: ignore[method-assign]
+    with Generator.load(runtime="tensorrt", build="missing") as generator:
+        assert generator.runtime == "tensorrt on cuda:0"
+    assert len(gpu.builds) == 2
+
+
+def test_build_missing_runs_what_could_not_be_kept(gpu: FakeTensorRT, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    where: dict[str, Any] = {"runtime": "tensorrt", "cache_dir": tmp_path / "file"}
+    with (
+        pytest.warns(CacheWarning, match="cannot be kept"),
+        Generator.load(build="missing", **where) as generator,
+    ):
+        assert len(generator.sample(1, steps=1)) == 1
+
+
+def test_gpus_of_one_name_are_told_apart(gpu: FakeTensorRT) -> None:
+    """An Orin Nano and an AGX Orin are both "Orin"."""
+    build()
+    gpu.cuda.multiprocessors = 8
+    with pytest.raises(EngineMissingError, match=r"is for Orin, 16 SMs .*this is Orin, 8 SMs"):
+        Generator.load(runtime="tensorrt")
+
+
+@pytest.mark.parametrize("earlier", [b"damaged", b"of another GPU"])
+def test_timings_that_do_not_fit_are_left(gpu: FakeTensorRT, earlier: bytes) -> None:
+    flavour = flavour_for(cuda.gpu())
+    model = Bundle.open().model()[1]
+    made = build_engine(model, flavour, Profile(1, 1, 1), timing_cache=earlier)
+    assert made.timing_cache == b"+"
+
+
+def test_a_build_is_cancelled(gpu: FakeTensorRT) -> None:
+    gpu.slow = True
+
+    def interrupt(fraction: float, phase: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(progress=interrupt)
+    assert gpu.cancelled
 
 
 # The command line
@@ -389,9 +466,9 @@ def test_cache_commands(gpu: FakeTensorRT, cache: Path) -> None:
     assert "0 engines, 0.0 MB in" in run("cache", "list").output
     build()
     listed = run("cache", "list").output
-    assert "fp32  tensorrt 10.3.0  Orin (8.7)  batch 1 to 32, best 1" in listed
+    assert "fp32  tensorrt 10.3.0  Orin, 16 SMs (8.7)  batch 1 to 32, best 1" in listed
     (row,) = json.loads(run("cache", "list", "--json").output)["engines"]
-    assert row["device"] == "Orin"
+    assert row["device"] == "Orin, 16 SMs"
     assert run("cache", "clear").output.startswith("1 engines, 7.")
     assert "0 engines" in run("cache", "list").output
 
@@ -406,6 +483,34 @@ def test_export_to_tensorrt(gpu: FakeTensorRT, tmp_path: Path) -> None:
     assert "fp16 engine for Orin" in result.output
     with Generator.load(bundle, runtime="tensorrt", variant="fp16") as generator:
         assert all(comparison.passed for comparison in generator.verify())
+
+
+@pytest.mark.parametrize("option", ["-o", "--cache-dir"])
+def test_the_bundle_is_left_alone(gpu: FakeTensorRT, tmp_path: Path, option: str) -> None:
+    bundle = shutil.copytree(Bundle.open().path, tmp_path / "b")
+    result = run("build", bundle, option, bundle / "engines")
+    assert (result.exit_code, "whose list of files is closed" in result.output) == (2, True)
+    assert not gpu.builds
+    Bundle.open(bundle)
+
+
+def test_no_memory_on_the_command_line(gpu: FakeTensorRT, tmp_path: Path) -> None:
+    build()
+    gpu.context_fails = True
+    result = run("sample", "--runtime", "tensorrt", "-o", tmp_path / "x.png")
+    assert (result.exit_code, "Error: tensorrt 10.3.0 on Orin" in result.output) == (1, True)
+
+
+@pytest.mark.parametrize("output", ["no/such/m.plan", "."])
+def test_an_output_that_cannot_be_is_refused_before_the_build(
+    gpu: FakeTensorRT, tmp_path: Path, output: str
+) -> None:
+    result = run("build", "-o", tmp_path / output)
+    assert (result.exit_code, "a directory that exists" in result.output) == (2, True)
+    assert not gpu.builds
+    assert run("build", "--workspace-mb", 10**16).exit_code == 2
+    (tmp_path / "file").touch()
+    assert run("cache", "list", "--cache-dir", tmp_path / "file").exit_code == 2
 
 
 def test_build_errors_of_the_command_line(gpu: FakeTensorRT) -> None:

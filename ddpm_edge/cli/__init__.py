@@ -31,8 +31,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except ConfigError as error:
             raise click.UsageError(str(error)) from error
-        except (DdpmEdgeError, OSError) as error:
-            raise click.ClickException(str(error)) from error
+        except (DdpmEdgeError, OSError, MemoryError) as error:
+            raise click.ClickException(str(error) or "not enough memory") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -111,7 +111,7 @@ def facts(report: BuildReport) -> dict[str, Any]:
         "cached": built.cached,
         "reason": built.reason,
         "variant": report.variant,
-        "flavour": report.flavour,
+        "flavour": str(report.flavour),
         "device": report.gpu.device,
         "gpu": report.gpu.name,
         "profile": list(report.profile),

@@ -8,19 +8,17 @@ from pathlib import Path
 
 import click
 
+from ddpm_edge.cli.options import cache_option
 from ddpm_edge.cli.output import command_line
-from ddpm_edge.doctor import TITLES, Finding, examine
+from ddpm_edge.doctor import Finding, examine
+from ddpm_edge.runtimes.flavour import TITLES
 
 MARKS = {"ok": "v", "info": "i", "warning": "!", "fault": "x"}
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Where built engines are.  [default: DDPM_EDGE_CACHE, or the user's cache]",
-)
+@cache_option
 def doctor(as_json: bool, cache_dir: Path | None) -> None:
     """Look at this machine: what works, what is wrong and what to do about it. Takes seconds.
 

@@ -28,7 +28,7 @@ IMAGE_OPTIONS = (
 
 cache_option = click.option(
     "--cache-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Where engines built on this device are.  [default: DDPM_EDGE_CACHE, the user's cache]",
 )
 
@@ -52,7 +52,7 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
         type=click.Choice(BUILD),
         default="never",
         show_default=True,
-        help="missing: build the engine of --runtime tensorrt where it is not there.",
+        help="missing: with --runtime tensorrt, build the engine where it is not there.",
     )
     @functools.wraps(command)
     def gathered(**given: Any) -> None:
