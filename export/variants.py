@@ -7,6 +7,7 @@ layer that broke, is recorded in the bundle.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -101,7 +102,7 @@ def _try(
         with OnnxRuntimeEngine(data, device="cpu", optimize=False) as engine:
             for comparison in gate.comparisons(Network(engine, gate.single.manifest), precision):
                 if report is not None:
-                    report(comparison)
+                    report(replace(comparison, what=f"{precision}: {comparison.what}"))
                 if not comparison.passed:
                     return passed, str(comparison)
                 passed.append(comparison)

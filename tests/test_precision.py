@@ -402,7 +402,7 @@ def run(*arguments: object) -> Any:
 def test_commands(tmp_path: Path) -> None:
     result = run("export", "-o", tmp_path / "b", "--variants", "fp16,bf16")  # the built-in model
     assert result.exit_code == 0, result.output
-    assert "-[v] 20-step DDIM: relative error" in result.output
+    assert "-[v] fp16: 20-step DDIM: relative error" in result.output
     assert f"{tmp_path / 'b'}: fp32, fp16, bf16; " in result.output
     here = ["--json", "--runtime", "onnxruntime", "--variant", "fp16"]
     result = run("verify", tmp_path / "b", *here)

@@ -469,7 +469,7 @@ def test_cache_commands(gpu: FakeTensorRT, cache: Path) -> None:
     assert "fp32  tensorrt 10.3.0  Orin, 16 SMs (8.7)  batch 1 to 32, best 1" in listed
     (row,) = json.loads(run("cache", "list", "--json").output)["engines"]
     assert row["device"] == "Orin, 16 SMs"
-    assert run("cache", "clear").output.startswith("1 engines, 7.")
+    assert run("cache", "clear").output.startswith("1 engine, 7.")
     assert "0 engines" in run("cache", "list").output
 
 

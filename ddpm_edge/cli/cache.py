@@ -46,7 +46,7 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
             f"batch {least} to {most}, best {best}"
         )
     total = sum(entry.size for entry in entries)
-    click.echo(f"{len(entries)} engines, {total / 1e6:.1f} MB in {directory}")
+    click.echo(f"{_engines(len(entries))}, {total / 1e6:.1f} MB in {directory}")
 
 
 @cache.command()
@@ -58,4 +58,8 @@ def clear(cache_dir: Path | None) -> None:
     """
     directory = cache_directory(cache_dir)
     engines, size = EngineCache(directory).clear()
-    click.echo(f"{engines} engines, {size / 1e6:.1f} MB removed from {directory}")
+    click.echo(f"{_engines(engines)}, {size / 1e6:.1f} MB removed from {directory}")
+
+
+def _engines(count: int) -> str:
+    return f"{count} engine{'s' * (count != 1)}"
