@@ -386,7 +386,8 @@ def test_cuda_that_runs_and_one_that_fails(
 CUDART = """
 from types import SimpleNamespace as Namespace
 OK = type("Error", (), {"name": "cudaSuccess", "__int__": lambda self: 0})()
-GPU = Namespace(name=b"Orin", major=8, minor=7, totalGlobalMem=8_000_000_000, multiProcessorCount=16, integrated=1)
+GPU = Namespace(name=b"Orin", major=8, minor=7, totalGlobalMem=8_000_000_000, integrated=1,
+                multiProcessorCount=16)
 def cudaDriverGetVersion(): return OK, 12060
 def cudaRuntimeGetVersion(): return OK, 12090
 def cudaGetDeviceCount(): return OK, 1
