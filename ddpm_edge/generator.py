@@ -96,8 +96,8 @@ class Generator:
 
         Args:
             path: the bundle's directory; None = the built-in Fashion-MNIST model.
-            runtime: "auto" (the best that works here without building anything), "tensorrt" or
-                "onnxruntime".
+            runtime: "auto" (the best that works here without building anything), "tensorrt",
+                "onnxruntime" or "openvino".
             device: such as "cpu", "cuda" or "cuda:1"; None = the runtime's best.
             variant: precision of the network; None = fp32.
             threads: CPU threads of one evaluation; None = the runtime's choice.
@@ -617,7 +617,7 @@ def open_bundle(
             for option, value in given.items():
                 words += [] if value is None else [f"--{option}", value]
             line = shlex.join(["ddpm-edge", "build", *map(str, words)])
-            raise EngineMissingError(f"{error}; build it on this device: {line}") from error
+            raise EngineMissingError(f"{error}, on this device: {line}") from error
         log.info("%s", error)
     from ddpm_edge.build import build as build_engine
 

@@ -205,7 +205,7 @@ def _open(source: str | bytes, options: Any, providers: list[Any], by_name: bool
             return _open(source, options, providers[1:], by_name)
         remedy = ""
         if "NOT_IMPLEMENTED" in str(error):  # bf16 on a CPU, above all
-            remedy = "; it cannot run this precision here: take another --variant, or TensorRT"
+            remedy = "; it cannot run this precision here: take another --variant or --runtime"
         raise EngineError(f"ONNX Runtime cannot load the model: {error}{remedy}") from error
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ddpm_edge import checks
 from ddpm_edge.errors import EngineError, EngineMissingError, RuntimeUnavailableError
-from ddpm_edge.runtimes import onnx_runtime, trt
+from ddpm_edge.runtimes import onnx_runtime, openvino_runtime, trt
 from ddpm_edge.runtimes.base import Engine
 
 MAX_THREADS = 1024
@@ -35,10 +35,15 @@ def _tensorrt(o: Opening) -> Engine:
     return trt.open_built(o.model, o.variant, o.device, o.cache_dir)
 
 
+def _openvino(o: Opening) -> Engine:
+    return openvino_runtime.OpenVinoEngine(o.model, o.variant, o.device, o.threads)
+
+
 # Best first: "auto" takes the first one that opens.
 RUNTIMES: dict[str, Callable[[Opening], Engine]] = {
     trt.NAME: _tensorrt,
     onnx_runtime.NAME: _onnx_runtime,
+    openvino_runtime.NAME: _openvino,
 }
 
 
@@ -79,20 +84,17 @@ def open_engine(
     if runtime != "auto":
         return _said(RUNTIMES[runtime](opening))
     reasons: list[str] = []
-    *others, last = RUNTIMES
-    for name in others:
+    failed: Exception | None = None
+    for name, opener in RUNTIMES.items():
         try:
-            return _said(RUNTIMES[name](opening))
+            return _said(opener(opening))
         except RuntimeUnavailableError as error:
             log.info("not %s: %s", name, error)
             reasons.append(f"{name}: {error}")
         except (EngineMissingError, EngineError, MemoryError) as error:
-            log.warning("not %s: %s (`ddpm-edge build` makes its engine)", name, error)
-            reasons.append(f"{name}: {error}")
-    try:
-        return _said(RUNTIMES[last](opening))
-    except RuntimeUnavailableError as error:
-        raise RuntimeUnavailableError("; ".join([*reasons, f"{last}: {error}"])) from error
+            log.warning("not %s: %s", name, error)
+            failed = failed or error
+    raise failed or RuntimeUnavailableError("; ".join(reasons))
 
 
 def _said(engine: Engine) -> Engine:

@@ -47,13 +47,17 @@ def open_built(
     """
     gpu = cuda.gpu(device)  # before TensorRT is touched
     flavour = flavour_for(gpu)
-    engine, entry = EngineCache(cache_directory(cache_dir)).find(
-        engine_key(model, variant, flavour, gpu)
-    )
+    key = engine_key(model, variant, flavour, gpu)
+    try:
+        engine, entry = EngineCache(cache_directory(cache_dir)).find(key)
+    except EngineMissingError as error:
+        raise EngineMissingError(f"{error}; ddpm-edge build makes it") from error
     try:
         return TensorRTEngine(engine, flavour, gpu)
     except EngineError as error:
-        raise EngineMissingError(f"{entry} does not load: {error}") from error
+        raise EngineMissingError(
+            f"{entry} does not load: {error}; ddpm-edge build makes it anew"
+        ) from error
 
 
 def engine_key(
