@@ -12,8 +12,8 @@ import pytest
 import ddpm_edge
 from ddpm_edge import cli, export, runtimes
 
-HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "scipy", "diffusers",
-         "safetensors", "accelerate")  # fmt: skip
+HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx",
+         "cuda", "scipy", "diffusers", "safetensors", "accelerate")  # fmt: skip
 
 
 def python(code: str) -> str:
