@@ -617,7 +617,7 @@ def open_bundle(
             for option, value in given.items():
                 words += [] if value is None else [f"--{option}", value]
             line = shlex.join(["ddpm-edge", "build", *map(str, words)])
-            raise EngineMissingError(f"{error}, on this device: {line}") from error
+            raise EngineMissingError(f"{error}; build it on this device: {line}") from error
         log.info("%s", error)
     from ddpm_edge.build import build as build_engine
 

@@ -91,7 +91,10 @@ def open_engine(
         except RuntimeUnavailableError as error:
             log.info("not %s: %s", name, error)
             reasons.append(f"{name}: {error}")
-        except (EngineMissingError, EngineError, MemoryError) as error:
+        except EngineMissingError as error:
+            log.warning("not %s: %s; ddpm-edge build makes it", name, error)
+            failed = failed or error
+        except (EngineError, MemoryError) as error:
             log.warning("not %s: %s", name, error)
             failed = failed or error
     raise failed or RuntimeUnavailableError("; ".join(reasons))

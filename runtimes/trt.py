@@ -48,16 +48,11 @@ def open_built(
     gpu = cuda.gpu(device)  # before TensorRT is touched
     flavour = flavour_for(gpu)
     key = engine_key(model, variant, flavour, gpu)
-    try:
-        engine, entry = EngineCache(cache_directory(cache_dir)).find(key)
-    except EngineMissingError as error:
-        raise EngineMissingError(f"{error}; ddpm-edge build makes it") from error
+    engine, entry = EngineCache(cache_directory(cache_dir)).find(key)
     try:
         return TensorRTEngine(engine, flavour, gpu)
     except EngineError as error:
-        raise EngineMissingError(
-            f"{entry} does not load: {error}; ddpm-edge build makes it anew"
-        ) from error
+        raise EngineMissingError(f"{entry} does not load: {error}") from error
 
 
 def engine_key(
