@@ -153,6 +153,7 @@ def build(
         )
         if made.timing_cache:
             cache.keep(timings, made.timing_cache)
+        TensorRTEngine(made.engine, flavour, gpu).close()  # what does not load is not kept
         return made.engine
 
     built = cache.get(key, make, rebuild="asked for" if rebuild else "")
@@ -163,7 +164,6 @@ def build(
             built = cache.get(key, make, rebuild=f"the one in the cache does not load ({error})")
     if not built.cached:
         log.info("built the engine: %s", built.reason)
-        TensorRTEngine(built.engine, flavour, gpu).close()  # what does not load must not be news
     if output is not None:
         write_bytes(output, built.engine)
     return BuildReport(built, name, flavour, gpu, profile, time.perf_counter() - start)

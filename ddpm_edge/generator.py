@@ -96,8 +96,8 @@ class Generator:
 
         Args:
             path: the bundle's directory; None = the built-in Fashion-MNIST model.
-            runtime: "auto" (the best that works here without building anything), "tensorrt",
-                "onnxruntime" or "openvino".
+            runtime: "auto" (the best that works here without building anything), "tensorrt" or
+                "onnxruntime".
             device: such as "cpu", "cuda" or "cuda:1"; None = the runtime's best.
             variant: precision of the network; None = fp32.
             threads: CPU threads of one evaluation; None = the runtime's choice.
@@ -538,7 +538,8 @@ class Generator:
         def plan(known: Known) -> Plan:
             return self._plan_from(known, sampler, steps, options)
 
-        return Request.of(self.bundle.manifest, n, plan=plan, **call)
+        with enough_memory(1 if n is None else n):
+            return Request.of(self.bundle.manifest, n, plan=plan, **call)
 
     def _one_state(self, image: Any, name: str) -> Float32:
         """One image as a state, float32 (1, C, H, W)."""
@@ -622,7 +623,9 @@ def open_bundle(
     from ddpm_edge.build import build as build_engine
 
     report = build_engine(bundle.path, variant=variant, device=device, cache_dir=cache_dir)
-    return name, report.open()
+    engine = report.open()
+    log.info("runtime %s on %s", engine.runtime, engine.device)
+    return name, engine
 
 
 def _last_latents(made: Made, plan: Plan, schedule: Schedule) -> Float32:

@@ -135,7 +135,7 @@ def _features(shape: tuple[int, int, int]) -> Iterator[Callable[[Array], Array]]
         with FeatureNetwork.fashion_mnist(device="cpu") as network:
             yield lambda x: network(to_images(x, "float32")).features
         return
-    cells = min(GRID, math.isqrt(SAMPLES // 2 // shape[0]))  # fewer features than samples
+    cells = max(1, min(GRID, math.isqrt(SAMPLES // 2 // shape[0])))  # fewer features than samples
     rows, columns = (np.array_split(np.arange(n), min(n, cells)) for n in shape[1:])
     yield lambda x: np.concatenate(
         [x[:, :, r][:, :, :, c].mean(axis=(2, 3)) for r in rows for c in columns], axis=1

@@ -29,6 +29,7 @@ HALF_OPERATORS = frozenset({
     "Identity", "LeakyRelu", "MatMul", "MaxPool", "Mul", "Neg", "Pad", "Relu", "Reshape", "Resize",
     "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 })  # fmt: skip
+MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 REDUCTIONS = frozenset({
     "GlobalAveragePool", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare",
 })  # fmt: skip
@@ -98,7 +99,11 @@ def half_nodes(model: onnx.ModelProto) -> set[str]:
     import onnx
 
     floats = float_tensors(onnx.shape_inference.infer_shapes(model))
-    summed = {n for node in model.graph.node if node.op_type in REDUCTIONS for n in node.input}
+    summed: set[str] = set()
+    for node in reversed(model.graph.node):
+        moved = node.op_type in MOVES and node.output[0] in summed
+        if node.op_type in REDUCTIONS or moved:
+            summed |= set(node.input)
     after_x: set[str] = {"x"}
     statistics: set[str] = set()
     found: set[str] = set()

@@ -49,7 +49,7 @@ class EngineKey:
     variant: str  # its precision, "fp32", "fp16", ...
     flavour: str  # "tensorrt" or "tensorrt_rtx"
     version: str  # of the flavour, "10.3.0"
-    device: str  # name of the GPU, "Orin"
+    device: str  # name of the GPU and number of its multiprocessors, "Orin, 16 SMs"
     compute_capability: str  # of the GPU, "8.7"
     profile: tuple[int, int, int]  # least, best and most batch of the network
     flags: Mapping[str, int] = field(hash=False)  # the builder's settings
@@ -275,7 +275,7 @@ class EngineCache:
             if differences:
                 theirs, ours = (", ".join(side) for side in zip(*differences, strict=True))
                 verb = "asked for" if exact else "this is"
-                reasons.append((len(differences), f"{entry} is for {theirs}, {verb} {ours}"))
+                reasons.append((len(differences), f"{entry} is for {theirs}; {verb} {ours}"))
             else:
                 try:
                     return _engine(entry), entry

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,12 @@ class OnnxRuntimeEngine:
         names, feed = list(self.outputs), dict(arrays)
         slow = batch * self._seconds_a_sample > SLOW_SECONDS
         start = time.perf_counter()
-        try:
-            if bound is not None:  # on a GPU, whose evaluations are short
-                answers = bound.run(feed, batch, self._options)
-            elif slow and sees_interrupts():
-                answers = _run_interruptibly(session, names, feed)
-            else:
-                answers = session.run(names, feed, self._options)
-        except Exception as error:  # its exception classes have only Exception in common
-            raise _what_failed(error) from error
+        if bound is not None:  # on a GPU, whose evaluations are short
+            answers = _explained(lambda: bound.run(feed, batch, self._options))
+        elif slow and sees_interrupts():
+            answers = _run_interruptibly(session, names, feed)
+        else:
+            answers = _explained(lambda: session.run(names, feed, self._options))
         self._seconds_a_sample = (time.perf_counter() - start) / batch
         return dict(zip(names, answers, strict=True))
 
@@ -225,7 +222,15 @@ def _run_interruptibly(session: Any, names: list[str], feed: dict[str, Array]) -
     def terminate() -> None:
         options.terminate = True
 
-    return interruptibly(lambda: session.run(names, feed, options), terminate)
+    return interruptibly(lambda: _explained(lambda: session.run(names, feed, options)), terminate)
+
+
+def _explained(run: Callable[[], Any]) -> Any:
+    """The result of a run, whose failure is raised as an Engine promises."""
+    try:
+        return run()
+    except Exception as error:  # its exception classes have only Exception in common
+        raise _what_failed(error) from error
 
 
 def _what_failed(error: Exception) -> Exception:

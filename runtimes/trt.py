@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ddpm_edge.runtimes.flavour import Flavour, flavour_for
 log = logging.getLogger("ddpm_edge")
 
 NAME = "tensorrt"
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|not be allocated|alloc\w* fail", re.IGNORECASE)
 NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
 
 
@@ -105,13 +107,13 @@ class TensorRTEngine:
         self._runtime: Any = trt.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:  # it does not raise
-            raise EngineError(f"{flavour} on {gpu} refuses the engine: {self._logger.said()}")
+            said = self._logger.said()
+            if OUT_OF_MEMORY.search(said):
+                raise _no_memory(flavour, gpu, said)
+            raise EngineError(f"{flavour} on {gpu} refuses the engine: {said}")
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise OutOfMemoryError(
-                f"{flavour} on {gpu} has no memory to run the engine: {self._logger.said()}; end "
-                "what else uses the GPU, or ddpm-edge build with a smaller --max-batch"
-            )
+            raise _no_memory(flavour, gpu, self._logger.said())
         self.inputs, self.outputs = _specs(trt, self._engine)
         shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
         self.min_batch, self.best_batch, self.max_batch = (int(shape[0]) for shape in shapes)
@@ -184,6 +186,13 @@ class TensorRTEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _no_memory(flavour: Flavour, gpu: GPU, said: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{flavour} on {gpu} has no memory to run the engine: {said}; end what else uses the GPU, "
+        "or build with a smaller --max-batch"
+    )
 
 
 class Buffers:

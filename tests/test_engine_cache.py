@@ -170,13 +170,13 @@ def test_find_takes_an_older_engine_if_the_newest_is_damaged(cache: EngineCache)
     ("name", "place", "exact"),
     [
         ("model", NOTHING, NOTHING),
-        ("variant", "is for fp32, this is fp16", "is for fp32, asked for fp16"),
-        ("flavour", "is for TensorRT for RTX 10.13.3, this is TensorRT 10.13.3", None),
-        ("version", "is for TensorRT 10.3.0, this is TensorRT 10.13.3", None),
-        ("device", "is for Thor (8.7), this is Orin (8.7)", None),
-        ("compute_capability", "is for Orin (11.0), this is Orin (8.7)", None),
-        ("profile", "", "is for profile 1..4..8, asked for profile 1..1..32"),
-        ("flags", "", "is for optimization_level 5, workspace_mb 1024, asked for "
+        ("variant", "is for fp32; this is fp16", "is for fp32; asked for fp16"),
+        ("flavour", "is for TensorRT for RTX 10.13.3; this is TensorRT 10.13.3", None),
+        ("version", "is for TensorRT 10.3.0; this is TensorRT 10.13.3", None),
+        ("device", "is for Thor (8.7); this is Orin (8.7)", None),
+        ("compute_capability", "is for Orin (11.0); this is Orin (8.7)", None),
+        ("profile", "", "is for profile 1..4..8; asked for profile 1..1..32"),
+        ("flags", "", "is for optimization_level 5, workspace_mb 1024; asked for "
                       "optimization_level 3, workspace_mb 1024"),
     ],
 )  # fmt: skip
@@ -198,12 +198,12 @@ def test_the_reason_is_the_nearest_engine_s(cache: EngineCache) -> None:
     put(cache, replace(KEY, version="10.16.1"))
     put(cache, replace(KEY, **place))
     put(cache, replace(KEY, model=OTHERS["model"], flags={}))
-    reason = "is for TensorRT 10.16.1, asked for TensorRT 10.13.3"
+    reason = "is for TensorRT 10.16.1; asked for TensorRT 10.13.3"
     assert why_not(cache, KEY).endswith(reason)
     put(cache, replace(KEY, **place, flags={}))  # two that differ in three ways: still farther
     assert why_not(cache, KEY).endswith(reason)
     put(cache, replace(KEY, flags={}))
-    assert "is for no flags, asked for optimization_level 3" in why_not(cache, KEY)
+    assert "is for no flags; asked for optimization_level 3" in why_not(cache, KEY)
 
 
 # What is not to be trusted

@@ -142,6 +142,14 @@ class VarNorm(nn.Module):
         return (x - mean) / torch.sqrt(variance + 1e-8)
 
 
+class GroupRMS(nn.Module):
+    """Squares that are moved before they are summed."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        squares = (x * x).reshape(len(x), 1, -1)
+        return x * torch.rsqrt(squares.mean(dim=2, keepdim=True) + 1e-8)[..., None]
+
+
 class Unit(nn.Module):
     """F.normalize, whose lower limit of 1e-12 is 0 in fp16."""
 
@@ -151,7 +159,9 @@ class Unit(nn.Module):
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 3e3])
-@pytest.mark.parametrize("network", [RMSNorm(), VarNorm(), Unit()], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize(
+    "network", [RMSNorm(), VarNorm(), GroupRMS(), Unit()], ids=lambda n: type(n).__name__
+)
 def test_statistics_stay_in_float32(network: nn.Module, scale: float, precision: str) -> None:
     """A mean of squares is beyond fp16 from 256 on, and its eps below it."""
     x = scale * np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32)

@@ -322,6 +322,27 @@ def test_too_little_memory_leaves_the_generator_usable() -> None:
     assert last == "usable"
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="sends SIGALRM")
+def test_what_a_signal_handler_raises_passes_through(engine: Any) -> None:
+    class StopNowError(Exception):
+        pass
+
+    def handler(*_: Any) -> None:
+        raise StopNowError
+
+    usual = signal.signal(signal.SIGALRM, handler)
+    engine(arrays())  # so that the next call is known to be long
+    try:
+        engine._seconds_a_sample = 60.0
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(StopNowError):
+            engine(arrays(600))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
+    assert engine(arrays())["prediction"].shape[0] == len(arrays()["x"])
+
+
 def bound_to_the_cpu(engine: Any) -> onnx_runtime.Bound:
     return onnx_runtime.Bound(engine._session, engine.outputs, 0, "cpu")
 

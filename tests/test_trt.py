@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fake_gpu import CudaError, FakeTensorRT
+from fake_gpu import CudaError, FakeTensorRT, Severity
 
 pytest.importorskip("onnxruntime")
 from ddpm_edge import Bundle, Generator
@@ -174,6 +174,32 @@ def test_no_memory_for_the_context(gpu: FakeTensorRT) -> None:
         TensorRTEngine(engine, flavour_for(cuda.gpu()), cuda.gpu())
 
 
+def test_a_full_gpu_is_no_missing_engine(gpu: FakeTensorRT) -> None:
+    build()
+
+    def full(logger: Any) -> Any:
+        def deserialize(_: bytes) -> None:
+            logger.log(Severity.ERROR, "Error Code 1: Cuda Runtime (out of memory)")
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+    gpu.Runtime = full  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemoryError, match=r"no memory to run the engine: .*out of memory"):
+        Generator.load(runtime="tensorrt", build="missing")
+    assert len(gpu.builds) == 1
+
+
+def test_what_does_not_load_is_not_kept(gpu: FakeTensorRT) -> None:
+    build(options=BuildOptions(max_batch=2))
+    gpu.context_fails = True
+    with pytest.raises(OutOfMemoryError):
+        build(options=BuildOptions(max_batch=64))
+    gpu.context_fails = False
+    with Generator.load(runtime="tensorrt") as generator:
+        assert len(generator.sample(1, steps=1)) == 1
+    assert "1 engine, " in run("cache", "list").output
+
+
 def test_an_engine_of_another_version(gpu: FakeTensorRT) -> None:
     engine = engine_bytes(gpu)
     gpu.__version__ = "10.4.0"
@@ -262,9 +288,9 @@ def test_built_once(gpu: FakeTensorRT, cache: Path) -> None:
 def test_other_options_are_another_engine(gpu: FakeTensorRT) -> None:
     build()
     report = build(options=BuildOptions(max_batch=2))
-    assert report.built.reason.endswith("profile 1..1..32, asked for profile 1..1..4")
+    assert report.built.reason.endswith("profile 1..1..32; asked for profile 1..1..4")
     gpu.__version__ = "10.5.0"
-    assert "is for TensorRT 10.3.0, " in build().built.reason
+    assert "is for TensorRT 10.3.0; " in build().built.reason
 
 
 def test_the_output_is_the_engine_alone(gpu: FakeTensorRT, tmp_path: Path) -> None:
