@@ -17,41 +17,27 @@ from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.generator import Generator, open_bundle
-from ddpm_edge.runtimes import Engine
+from ddpm_edge.runtimes.base import Engine, WrappedEngine
 
 PROC_STATUS = "/proc/self/status"  # Linux
 
 Progress = Callable[[float, str], object]  # the share that is done, 0..1, and a note
 
 
-class TimedEngine:
+class TimedEngine(WrappedEngine):
     """An engine that adds up the `seconds` of its calls, which must not overlap."""
 
-    concurrent = False
-
     def __init__(self, engine: Engine) -> None:
-        self._engine, self.seconds = engine, 0.0
-        self.runtime, self.device = engine.runtime, engine.device
-        self.inputs, self.outputs = engine.inputs, engine.outputs
-        self.max_batch = engine.max_batch
+        super().__init__(engine)
+        self.seconds = 0.0
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""
         start = time.perf_counter()
         try:
-            return self._engine(arrays)
+            return super().__call__(arrays)
         finally:
             self.seconds += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Close the engine."""
-        self._engine.close()
-
-    def __enter__(self) -> TimedEngine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

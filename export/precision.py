@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddpm_edge.arrays import Array
+from ddpm_edge.reference import ROUNDING
 
 if TYPE_CHECKING:
     import onnx
 
-HALF = ("fp16", "bf16")
+HALF = tuple(ROUNDING)
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 BF16_OPSET = 22  # the first whose Conv takes bfloat16; our operators are otherwise those of 18
 HALF_OPERATORS = frozenset({
@@ -49,9 +50,7 @@ def to_half(model: onnx.ModelProto, precision: str, keep: Collection[str] = ()) 
     graph = model.graph
     single, half = onnx.TensorProto.FLOAT, _half(precision)
     constants = {c.name: c for c in graph.initializer}
-    types: dict[str, int] = dict.fromkeys(
-        float_tensors(model), single
-    )  # as they are computed from now on
+    types: dict[str, int] = dict.fromkeys(float_tensors(model), single)  # as they are made here
     chosen = half_nodes(model) - set(keep)
     nodes: list[onnx.NodeProto] = []
     made: dict[tuple[str, int], str] = {}

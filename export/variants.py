@@ -1,7 +1,7 @@
 """Half-precision variants of a float32 model: a ladder that is climbed until a gate is passed.
 
-fp16, fp16 with more layers in float32, bf16, and then nothing but float32. What failed, and the
-layer that broke, is recorded in the bundle.
+fp16, fp16 with more layers in float32, the same for bf16, and then nothing but float32. What
+failed, and the layer that broke, is recorded in the bundle.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ddpm_edge.export.precision import (
 from ddpm_edge.export.to_onnx import onnx_bytes
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.reference import Comparison, Reference
+from ddpm_edge.runtimes.base import WrappedEngine
 from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 from ddpm_edge.sampling import Network
 
@@ -113,15 +114,14 @@ def _try(
 
 def ranges(model: onnx.ModelProto, reference: Reference, manifest: Manifest) -> dict[str, float]:
     """The largest absolute value of every float32 tensor, for `reference`'s questions."""
-    with RangeEngine(model) as engine:
+    engine = RangeEngine(model)
+    with engine:
         reference.answers_of(Network(engine, manifest), batch=1)
-        return engine.largest
+    return engine.largest
 
 
-class RangeEngine:
-    """An Engine of a float32 model that notes the largest absolute value of every tensor."""
-
-    runtime, device, concurrent, max_batch = "onnxruntime", "cpu", False, None
+class RangeEngine(WrappedEngine):
+    """A float32 model that notes the largest absolute value of every tensor."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         import onnx
@@ -133,9 +133,8 @@ class RangeEngine:
         for name in sorted(floats - constants.keys() - given):
             value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             watched.graph.output.append(value)
-        self._engine = OnnxRuntimeEngine(watched.SerializeToString(), "cpu", optimize=False)
-        self.inputs = self._engine.inputs
-        self.outputs = {"prediction": self._engine.outputs["prediction"]}
+        super().__init__(OnnxRuntimeEngine(watched.SerializeToString(), "cpu", optimize=False))
+        self.outputs = {"prediction": self.outputs["prediction"]}
         self.largest = {
             name: _largest(onnx.numpy_helper.to_array(constants[name]))
             for name in floats & constants.keys()
@@ -143,20 +142,10 @@ class RangeEngine:
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""
-        answers = self._engine(arrays)
+        answers = super().__call__(arrays)
         for name, value in answers.items():
             self.largest[name] = max(self.largest.get(name, 0.0), _largest(value))
         return {"prediction": answers["prediction"]}
-
-    def close(self) -> None:
-        """Free the session."""
-        self._engine.close()
-
-    def __enter__(self) -> RangeEngine:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _largest(values: Array) -> float:

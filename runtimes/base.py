@@ -71,6 +71,32 @@ class Engine(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
 
+class WrappedEngine:
+    """An engine around another: whoever inherits changes what a call does. One call at a time."""
+
+    concurrent = False
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.runtime, self.device = engine.runtime, engine.device
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self.max_batch = engine.max_batch
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate the model (see `Engine`)."""
+        return self._engine(arrays)
+
+    def close(self) -> None:
+        """Close the engine inside (see `Engine`)."""
+        self._engine.close()
+
+    def __enter__(self) -> WrappedEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 def check_inputs(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> int:
     """The batch size of `arrays`; EngineError unless they are exactly what `specs` describe."""
     if specs.keys() != arrays.keys():

@@ -116,7 +116,7 @@ class TensorRTEngine:
             raise _no_memory(flavour, gpu, self._logger.said())
         self.inputs, self.outputs = _specs(trt, self._engine)
         shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
-        self.min_batch, self.best_batch, self.max_batch = (int(shape[0]) for shape in shapes)
+        self.min_batch, _, self.max_batch = (int(shape[0]) for shape in shapes)
         self._stream = cuda.call("cudaStreamCreateWithFlags", NON_BLOCKING)
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
