@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddpm_edge.arrays import Array
+from ddpm_edge.export.graph import replace_nodes, users_of
 from ddpm_edge.reference import ROUNDING
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def to_half(model: onnx.ModelProto, precision: str, keep: Collection[str] = ()) 
                 nodes.append(_cast(node.output[i], name, single))
             elif name in types:
                 types[name] = wanted
-    _replace(graph, nodes)
+    replace_nodes(graph, nodes)
     if precision == "bf16":
         (opset,) = (opset for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
         opset.version = max(opset.version, BF16_OPSET)
@@ -116,7 +117,15 @@ def half_nodes(model: onnx.ModelProto) -> set[str]:
             statistics |= outputs
         elif node.op_type in HALF_OPERATORS and node.output[0] in floats - summed:
             found.add(node.output[0])
-    return found
+    users = users_of(model.graph)
+    between = {  # float32 on both sides: to move it in half precision would only lose digits
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type in MOVES
+        and floats.intersection(node.input).isdisjoint(found)
+        and found.isdisjoint(user.output[0] for user in users.get(node.output[0], ()))
+    }
+    return found - between
 
 
 def rounded(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
@@ -154,7 +163,7 @@ def rounded(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
             node.output[i] = f"{name}/exact" if name in given else name
         nodes.append(node)
         nodes += [_cast(f"{name}/exact", name, half) for name in given]
-    _replace(graph, nodes)
+    replace_nodes(graph, nodes)
     return model
 
 
@@ -199,14 +208,3 @@ def _constant(name: str, values: Array, kind: int) -> onnx.TensorProto:
     with np.errstate(over="ignore"):  # what becomes infinite is found by the gate
         typed = values.astype(onnx.helper.tensor_dtype_to_np_dtype(kind))
     return onnx.numpy_helper.from_array(typed, name)
-
-
-def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Put these nodes in the place of the graph's, and drop the constants that nobody uses now."""
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [c for c in graph.initializer if c.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    graph.ClearField("value_info")

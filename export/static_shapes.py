@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddpm_edge.export.graph import dims_of
+
 if TYPE_CHECKING:
     import onnx
 
@@ -24,8 +26,7 @@ def make_static(model: onnx.ModelProto) -> onnx.ModelProto:
 
     model = onnx.shape_inference.infer_shapes(model)
     graph = model.graph
-    values = (*graph.value_info, *graph.input, *graph.output)
-    dims = {v.name: list(v.type.tensor_type.shape.dim) for v in values}
+    dims = dims_of(graph)
     shape_of = {node.output[0]: node for node in graph.node if node.op_type == "Shape"}
     for node in graph.node:
         source = shape_of.get(node.input[1]) if node.op_type == "Reshape" else None

@@ -61,6 +61,7 @@ def onnx_model(
         raise RuntimeUnavailableError(
             f"export needs torch, onnx and onnxscript ({error}); pip install 'ddpm-edge[export]'"
         ) from error
+    from ddpm_edge.export.channel_scales import join_scales
     from ddpm_edge.export.static_shapes import make_static
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -77,6 +78,7 @@ def onnx_model(
             verbose=False,
         )
     proto = make_static(program.model_proto)  # type: ignore[union-attr]  # None: to a file only
+    proto = join_scales(proto)
     _strip(proto)
     return proto
 

@@ -118,7 +118,7 @@ def test_the_model_given_is_left_alone(builtin: Any) -> None:
 
 
 def test_kept_nodes_stay(builtin: Any) -> None:
-    convolution = next(n for n, name in layers(builtin) if name == "down.1")
+    convolution = next(n for n, name in layers(builtin) if name == "network.down.1")
     assert convolution.output[0] in half_nodes(builtin)
     model = to_half(builtin, "fp16", [convolution.output[0]])
     onnx.checker.check_model(model, full_check=True)
