@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -141,6 +142,14 @@ def _ask_onnxruntime(facts: dict[str, Any], device: str) -> None:
         generator.warmup()
 
 
+def _ask_openvino(facts: dict[str, Any]) -> None:
+    from ddpm_edge.generator import Generator
+
+    facts["version"] = importlib.metadata.version("openvino")
+    with Generator.load(runtime="openvino") as generator:
+        generator.warmup()
+
+
 def _ask_cuda(facts: dict[str, Any]) -> None:
     from ddpm_edge.runtimes import cuda
 
@@ -171,6 +180,7 @@ def _ask_auto(facts: dict[str, Any], cache_dir: str | None) -> None:
 
 PROBES: dict[str, Callable[..., None]] = {
     "onnxruntime": _ask_onnxruntime,
+    "openvino": _ask_openvino,
     "cuda": _ask_cuda,
     "tensorrt": _ask_tensorrt,
     "auto": _ask_auto,
@@ -187,6 +197,11 @@ class Machine:
     def onnxruntime(self) -> Answer:
         """ONNX Runtime on the CPU."""
         return probe("onnxruntime", "cpu")
+
+    @functools.cached_property
+    def openvino(self) -> Answer | None:
+        """OpenVINO, where it is installed."""
+        return probe("openvino") if _is_there("openvino") else None
 
     @functools.cached_property
     def cuda(self) -> Answer:
@@ -263,7 +278,8 @@ def onnxruntime(machine: Machine) -> Iterator[Finding]:
     again = f"pip uninstall -y {' '.join(wheels) or 'onnxruntime'} && {install}"
     status: Status
     if not wheels and not _is_there("onnxruntime"):
-        status = "info" if machine.has_tensorrt else "fault"
+        another = machine.has_tensorrt or (machine.openvino and not machine.openvino.error)
+        status = "info" if another else "fault"
         yield Finding("onnxruntime", status, "ONNX Runtime is not installed", install)
         return
     if len(wheels) > 1:
@@ -280,6 +296,19 @@ def onnxruntime(machine: Machine) -> Iterator[Finding]:
         listed = ", ".join(found.facts["providers"])
         text = f"ONNX Runtime {found.facts['version']} runs on the CPU (it lists {listed})"
         yield Finding("onnxruntime", "ok", text)
+
+
+def openvino(machine: Machine) -> Iterator[Finding]:
+    """OpenVINO, where it is installed."""
+    found = machine.openvino
+    if found and found.error:
+        text, remedy = (
+            f"OpenVINO does not run: {found.error}",
+            "pip install -U 'ddpm-edge[openvino]'",
+        )
+        yield Finding("openvino", "fault", text, remedy)
+    elif found:
+        yield Finding("openvino", "ok", f"OpenVINO {found.facts['version']} runs on the CPU")
 
 
 def onnxruntime_cuda(machine: Machine) -> Iterator[Finding]:
@@ -466,7 +495,8 @@ def auto(machine: Machine) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (
-    python, bundle, onnxruntime, cuda, onnxruntime_cuda, tensorrt, jetpack, power, cache, auto,
+    python, bundle, onnxruntime, openvino, cuda, onnxruntime_cuda, tensorrt, jetpack, power, cache,
+    auto,
 )  # fmt: skip
 
 

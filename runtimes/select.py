@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ddpm_edge import checks
 from ddpm_edge.errors import EngineError, EngineMissingError, RuntimeUnavailableError
-from ddpm_edge.runtimes import onnx_runtime, trt
+from ddpm_edge.runtimes import onnx_runtime, openvino_runtime, trt
 from ddpm_edge.runtimes.base import Engine
 
 MAX_THREADS = 1024
@@ -35,10 +35,15 @@ def _tensorrt(o: Opening) -> Engine:
     return trt.open_built(o.model, o.variant, o.device, o.cache_dir)
 
 
+def _openvino(o: Opening) -> Engine:
+    return openvino_runtime.OpenVinoEngine(o.model, o.device, o.threads)
+
+
 # Best first: "auto" takes the first one that opens.
 RUNTIMES: dict[str, Callable[[Opening], Engine]] = {
     trt.NAME: _tensorrt,
     onnx_runtime.NAME: _onnx_runtime,
+    openvino_runtime.NAME: _openvino,
 }
 
 
@@ -89,9 +94,12 @@ def open_engine(
         except EngineMissingError as error:
             log.warning("not %s: %s; ddpm-edge build makes it", name, error)
             reasons.append(f"{name}: {error}; ddpm-edge build makes it")
-        except (EngineError, MemoryError) as error:
+        except EngineError as error:  # bf16 in ONNX Runtime on a CPU, above all
+            log.info("not %s: %s", name, error)
+            failed = failed or error
+        except MemoryError as error:
             log.warning("not %s: %s", name, error)
-            failed = failed or error  # the model's fault, or the memory's: another cannot help
+            failed = failed or error
     raise failed or RuntimeUnavailableError("; ".join(reasons))
 
 

@@ -12,7 +12,7 @@ import pytest
 import ddpm_edge
 from ddpm_edge import cli, export, runtimes
 
-HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt_rtx",
+HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx",
          "cuda", "scipy", "diffusers", "safetensors", "accelerate")  # fmt: skip
 
 
