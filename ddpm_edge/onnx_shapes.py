@@ -146,7 +146,7 @@ def dequantize(x: Value, scale: Value, zero: Value | None = None, /, *, axis: in
 
 
 def _check_scale(x: Value, scale: Value, zero: Value | None, axis: int, kind: str) -> None:
-    """One scale for all, or one for each index of an axis, and integers of 8 bits (of this kind)."""
+    """One scale for all, or one for each index of an axis; 8-bit integers, of this kind."""
     need(kind in ("int8", "uint8"), f"integers of type {kind}")
     need("float" in scale.dtype, f"scale of type {scale.dtype}")
     if scale.shape not in ((), (1,)):

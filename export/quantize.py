@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx
 
 SEED = 2  # the gate's samples have 0 and 1: it must not judge what scales were fitted to
-QUESTIONS = 1000  # about as many of each plan: Algorithm 2's, all T steps, are one trajectory
+QUESTIONS = 250  # of each plan, about: 12 samples of 20 steps, and one of all T by Algorithm 2
 DDIM_STEPS = 50
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
