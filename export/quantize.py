@@ -44,7 +44,7 @@ def to_int8(model: onnx.ModelProto, network: Network) -> tuple[onnx.ModelProto, 
         The model, and the names of the convolutions that stay in float32.
 
     Raises:
-        ExportError: no convolution can be in int8.
+        ExportError: no convolution can be in int8, or onnxruntime.quantization fails.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -66,24 +66,30 @@ def to_int8(model: onnx.ModelProto, network: Network) -> tuple[onnx.ModelProto, 
     # Shapes are inferred there and the exporter has optimised: or else it warns that neither is so.
     onnx.helper.set_model_props(copy, {"onnx.quant.pre_process": "onnxruntime.quant"})
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "int8.onnx"
-        quantize_static(
-            copy,
-            file,
-            Trajectories(network),
-            quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=[node.name for node in copy.graph.node if node.name in chosen],
-            op_types_to_quantize=["Conv"],
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "ActivationSymmetric": True,  # TensorRT knows no zero points
-                "WeightSymmetric": True,
-                "QuantizeBias": False,  # nor int32; ONNX Runtime does it itself, from 1.21 on
-            },
-        )
-        quantised = onnx.load(file)
+        given, made = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        onnx.save(copy, given)
+        try:
+            quantize_static(
+                given,
+                made,
+                Trajectories(network),
+                quant_format=QuantFormat.QDQ,
+                nodes_to_quantize=[node.name for node in copy.graph.node if node.name in chosen],
+                op_types_to_quantize=["Conv"],
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={
+                    "ActivationSymmetric": True,  # TensorRT knows no zero points
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,  # nor int32; ONNX Runtime does it itself, from 1.21 on
+                },
+            )
+        except RuntimeError as error:  # 1.19 fails at a softmax
+            raise ExportError(
+                f"onnxruntime.quantization failed: {error}; pip install 'onnxruntime>=1.20'"
+            ) from error
+        quantised = onnx.load(made)
     quantised.producer_name, quantised.graph.name = model.producer_name, model.graph.name
     quantised.graph.ClearField("value_info")
     return quantised, kept

@@ -312,6 +312,17 @@ def test_nothing_to_quantise(tmp_path: Path) -> None:
     assert line.startswith("int8: the network has no convolution with constant weights between")
 
 
+def test_a_library_that_fails_is_no_end_of_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Only an existing tensor can be modified")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", fails)
+    (line,) = exported(Small(), tmp_path / "b", "int8").manifest.variants["fp32"]["ladder"]
+    assert line.startswith("int8: onnxruntime.quantization failed: Only an existing tensor")
+
+
 def test_a_bundle_again(small: Bundle, tmp_path: Path) -> None:
     once = exported(Small(), tmp_path / "a", "fp32")
     again = export_bundle(once.path, tmp_path / "b", variants=["int8"])
@@ -322,7 +333,7 @@ def test_the_built_in_model_passes(builtin: tuple[Any, Network]) -> None:
     """With 100 samples, just more than there are features; the export takes 500, in minutes.
 
     Fewer samples raise both distances, the one to another seed's more: what fails here would fail
-    there as well, and the figure of 500, 0.03 to 0.05, leaves room.
+    there as well, and the figure of 500, 0.06, leaves room.
     """
     model, network = builtin
     bundle = Bundle.open()
