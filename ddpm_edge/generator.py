@@ -206,7 +206,8 @@ class Generator:
             raise BundleError(f"{self.bundle.path} has no {REFERENCE}; export the model again")
         data = self.bundle.read(REFERENCE)
         reference = Reference.from_bytes(data, self.bundle.manifest)
-        yield from reference.compare(network, self.variant)
+        figures = self.bundle.manifest.variants[self.variant].get("parity", {})
+        yield from reference.compare(network, self.variant, figures)
 
     def sample(self, n: int | None = None, **arguments: Any) -> Array:
         """Make n images: uint8 (n, H, W, C), or float32 in [-1, 1] with dtype="float32".

@@ -35,8 +35,9 @@ class Manifest:
         timestep_offset: the network is fed t + offset, t in 1..T, as int64.
         class_names: one a label; empty = the model takes no label.
         plan: arguments of the default plan: "sampler", "steps" and the sampler's options.
-        variants: precision -> {"file": name, "parity": figures of its gate, and of half precision
-            "kept_in_fp32": more layers, "ladder": why these or another precision}.
+        variants: precision -> {"file": name, "parity": figures of its gate, "kept_in_fp32":
+            of half precision more layers, of int8 all convolutions in float32, "ladder": why these
+            or another precision}.
         training: how the weights came to be.
         licence: SPDX name for the weights.
         variance: what sampler "ddpm" takes unless told otherwise, "beta" or "beta-tilde".

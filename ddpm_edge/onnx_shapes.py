@@ -134,21 +134,27 @@ def cast(x: Value, /, *, to: int, saturate: int = 1, round_mode: str = "") -> Va
 def quantize(
     x: Value, scale: Value, zero: Value | None = None, /, *, axis: int = 1, saturate: int = 1
 ) -> Value:
-    _check_scale(x, scale, zero, axis)
-    return Value(zero.dtype if zero else "uint8", x.shape)
+    need("float" in x.dtype, f"{x.dtype} is not quantised")
+    kind = zero.dtype if zero else "uint8"
+    _check_scale(x, scale, zero, axis, kind)
+    return Value(kind, x.shape)
 
 
 def dequantize(x: Value, scale: Value, zero: Value | None = None, /, *, axis: int = 1) -> Value:
-    _check_scale(x, scale, zero, axis)
+    _check_scale(x, scale, zero, axis, x.dtype)
     return Value(scale.dtype, x.shape)
 
 
-def _check_scale(x: Value, scale: Value, zero: Value | None, axis: int) -> None:
-    """One scale for all, or one for each index of an axis."""
+def _check_scale(x: Value, scale: Value, zero: Value | None, axis: int, kind: str) -> None:
+    """One scale for all, or one for each index of an axis; 8-bit integers, of this kind."""
+    need(kind in ("int8", "uint8"), f"integers of type {kind}")
     need("float" in scale.dtype, f"scale of type {scale.dtype}")
-    if math.prod(scale.shape) != 1:
-        need(scale.shape == (x.shape[axis],), f"scale {scale.shape} for {x.shape}, axis {axis}")
-    need(zero is None or zero.shape == scale.shape, "zero point and scale of different shapes")
+    if scale.shape not in ((), (1,)):
+        (along,) = positions([axis], len(x.shape))
+        need(scale.shape == (x.shape[along],), f"scale {scale.shape} for {x.shape}, axis {axis}")
+    if zero is not None:
+        need(zero.dtype == kind, f"zero point of type {zero.dtype} for {kind}")
+        need(zero.shape == scale.shape, "zero point and scale of different shapes")
 
 
 # Linear maps

@@ -20,7 +20,7 @@ from ddpm_edge.errors import ParityError
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.images import to_images
 from ddpm_edge.metrics import Moments, frechet_distance
-from ddpm_edge.reference import IMAGE_TOLERANCE, RATIO, Comparison, Reference, compare
+from ddpm_edge.reference import IMAGE_TOLERANCE, INT8, RATIO, Comparison, Reference, compare
 from ddpm_edge.sampling import Network, sample_states
 
 TAIL = 50  # steps of Algorithm 2 that the quick gate runs
@@ -81,51 +81,59 @@ def _comparisons(
     yield compare(what, ours, theirs, IMAGE_TOLERANCE)
 
 
-class HalfGate:
-    """The gate of half-precision variants, against torch's answers and float32's samples.
+class VariantGate:
+    """The gate of every variant but float32, against torch's answers and float32's samples.
 
     Half precision is computed for real: every tensor is rounded to it (see `precision.rounded`).
 
     Args:
         single: the float32 model, on an engine.
         reference: torch's answers.
-        full: also compare the samples' Frechet distance, which takes 1,500 images.
+        full: also compare half precision by the Frechet distance of its samples, as int8 always
+            is; it takes three times `samples` images.
+        samples: how many are compared, more than there are features: 96 for 28 x 28 gray.
     """
 
-    def __init__(self, single: Network, reference: Reference, full: bool) -> None:
-        self.single, self.reference, self.full = single, reference, full
+    def __init__(
+        self, single: Network, reference: Reference, full: bool, samples: int = SAMPLES
+    ) -> None:
+        self.single, self.reference, self.full, self.samples = single, reference, full, samples
 
     def comparisons(self, network: Network, precision: str) -> Iterator[Comparison]:
         """Hold a variant, its rounding done, against torch and float32."""
         yield from self.reference.compare(network, precision)
-        if self.full:
+        # Errors of int8 are large enough to shift samples; what they may be follows from no type.
+        if self.full or precision == INT8:
             same, another = self._single_moments
-            distance = frechet_distance(_moments(network, seed=0), same)
+            distance = frechet_distance(_moments(network, 0, self.samples), same)
             floor = frechet_distance(another, same)
-            what = f"Frechet distance of {SAMPLES} samples to fp32's, over that of another seed's"
+            what = (
+                f"Frechet distance of {self.samples} samples to fp32's, over that of another seed's"
+            )
             yield Comparison(what, distance / max(floor, TINY), FRECHET_TOLERANCE, RATIO)
 
     @functools.cached_property
     def _single_moments(self) -> tuple[Moments, Moments]:
-        return _moments(self.single, seed=0), _moments(self.single, seed=1)
+        zero, one = (_moments(self.single, seed, self.samples) for seed in (0, 1))
+        return zero, one
 
 
-def _moments(network: Network, seed: int) -> Moments:
-    """Of the features of SAMPLES images of the default plan, labels in turn."""
+def _moments(network: Network, seed: int, count: int) -> Moments:
+    """Of the features of so many images of the default plan, labels in turn."""
     manifest = network.manifest
     plan, classes = manifest.make_plan(), len(manifest.class_names)
-    with _features(manifest.sample_shape) as features_of:
+    with _features(manifest.sample_shape, count) as features_of:
         features = []
-        for first in range(0, SAMPLES, CHUNK):
-            samples = range(first, first + CHUNK)
-            labels = np.arange(first, first + CHUNK) % classes if classes else None
+        for first in range(0, count, CHUNK):
+            samples = range(first, min(first + CHUNK, count))
+            labels = np.array(samples) % classes if classes else None
             *_, last = sample_states(network, plan, seed, samples, labels)
             features.append(features_of(last.x))
     return Moments.of(np.concatenate(features))
 
 
 @contextlib.contextmanager
-def _features(shape: tuple[int, int, int]) -> Iterator[Callable[[Array], Array]]:
+def _features(shape: tuple[int, int, int], count: int) -> Iterator[Callable[[Array], Array]]:
     """What is compared of states (N, C, H, W): the feature network's view, or small means.
 
     There is no feature network for every kind of image. A difference between two precisions of one
@@ -135,7 +143,7 @@ def _features(shape: tuple[int, int, int]) -> Iterator[Callable[[Array], Array]]
         with FeatureNetwork.fashion_mnist(device="cpu") as network:
             yield lambda x: network(to_images(x, "float32")).features
         return
-    cells = max(1, min(GRID, math.isqrt(SAMPLES // 2 // shape[0])))  # fewer features than samples
+    cells = max(1, min(GRID, math.isqrt(count // 2 // shape[0])))  # fewer features than samples
     rows, columns = (np.array_split(np.arange(n), min(n, cells)) for n in shape[1:])
     yield lambda x: np.concatenate(
         [x[:, :, r][:, :, :, c].mean(axis=(2, 3)) for r in rows for c in columns], axis=1

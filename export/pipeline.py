@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm_edge.bundle import REFERENCE, Bundle, check_target, write_bundle
 from ddpm_edge.errors import BundleError, ConfigError, ExportError, RuntimeUnavailableError
-from ddpm_edge.export.gate import HalfGate, Report, check
-from ddpm_edge.export.precision import HALF
-from ddpm_edge.export.variants import FILES, VARIANTS, Variant, half_variant
+from ddpm_edge.export.gate import Report, VariantGate, check
+from ddpm_edge.export.variants import FILES, VARIANTS, Variant, make_variant
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.onnx_check import check_model
 from ddpm_edge.reference import Reference
@@ -67,10 +66,10 @@ def export(
             `samplers.default_plan`.
         training: how the weights came to be.
         licence: SPDX name for the weights.
-        variants: precisions, of VARIANTS. Half precision that does not pass its gate gives way
-            to a higher one, logged and recorded (see `variants.half_variant`).
+        variants: precisions, of VARIANTS. One that does not pass its gate gives way to a higher
+            one, logged and recorded (see `variants.make_variant`).
         gate: "quick", or "full" to compare all T steps of Algorithm 2, and of half precision the
-            Frechet distance of 500 samples.
+            Frechet distance of 500 samples, as of int8 always.
         report: called with each Comparison of the gate.
 
     Raises:
@@ -184,19 +183,19 @@ def write_variants(
     from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 
     made, ladders = dict(kept), dict[str, list[str]]()
-    halves = [name for name in HALF if name in wanted]
-    if halves:
+    lower = [name for name in VARIANTS if name in wanted and name != "fp32"]
+    if lower:
         try:
             import onnx
         except ImportError as error:
             raise RuntimeUnavailableError(
-                f"half precision needs onnx ({error}); pip install 'ddpm-edge[export]'"
+                f"other precisions need onnx ({error}); pip install 'ddpm-edge[export]'"
             ) from error
         model = onnx.load_from_string(single.data)
         with OnnxRuntimeEngine(single.data, device="cpu") as engine:
-            half_gate = HalfGate(Network(engine, manifest), reference, gate == "full")
-            for name in halves:
-                variant, failed = half_variant(model, name, half_gate, report)
+            variant_gate = VariantGate(Network(engine, manifest), reference, gate == "full")
+            for name in lower:
+                variant, failed = make_variant(model, name, variant_gate, report)
                 for line in failed:
                     log.warning("not taken: %s", line)
                 if variant is None or variant.name != name:

@@ -1,20 +1,21 @@
-"""Half-precision variants of a float32 model: a ladder that is climbed until a gate is passed.
+"""Variants of a float32 model, each behind a gate.
 
-fp16, fp16 with more layers in float32, the same for bf16, and then nothing but float32. What
-failed, and the layer that broke, is recorded in the bundle.
+Half precision has a ladder that is climbed until the gate is passed: fp16, fp16 with more layers in
+float32, the same for bf16, and then nothing but float32. int8 has one rung. What failed, and the
+layer that broke, is recorded in the bundle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import EngineError, NonFiniteError
-from ddpm_edge.export.gate import HalfGate, Report
+from ddpm_edge.errors import EngineError, ExportError, NonFiniteError
+from ddpm_edge.export.gate import Report, VariantGate
 from ddpm_edge.export.precision import (
     HALF,
     LARGEST,
@@ -24,9 +25,10 @@ from ddpm_edge.export.precision import (
     rounded,
     to_half,
 )
+from ddpm_edge.export.quantize import to_int8
 from ddpm_edge.export.to_onnx import onnx_bytes
 from ddpm_edge.manifest import Manifest
-from ddpm_edge.reference import Comparison, Reference
+from ddpm_edge.reference import INT8, Comparison, Reference
 from ddpm_edge.runtimes.base import WrappedEngine
 from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 from ddpm_edge.sampling import Network
@@ -34,8 +36,8 @@ from ddpm_edge.sampling import Network
 if TYPE_CHECKING:
     import onnx
 
-VARIANTS = ("fp32", *HALF)
-FILES = {"fp32": "unet.onnx", "fp16": "unet.fp16.onnx", "bf16": "unet.bf16.onnx"}
+VARIANTS = ("fp32", *HALF, INT8)
+FILES = {"fp32": "unet.onnx"} | {name: f"unet.{name}.onnx" for name in VARIANTS[1:]}
 MARGIN = 2.0  # layers that come within this factor of overflow stay in float32
 
 
@@ -60,20 +62,43 @@ LADDERS = {
 }
 
 
-def half_variant(
-    model: onnx.ModelProto, wanted: str, gate: HalfGate, report: Report | None = None
+def make_variant(
+    model: onnx.ModelProto, wanted: str, gate: VariantGate, report: Report | None = None
 ) -> tuple[Variant | None, list[str]]:
-    """The lowest rung of the ladder from `wanted` up that passes; None = only float32 does.
+    """The model in this precision, or in a higher one that passes; None = only float32 does.
 
     Args:
         model: the float32 model.
-        wanted: "fp16" or "bf16".
+        wanted: one of VARIANTS but "fp32".
         gate: what a variant must pass.
         report: called with each of its comparisons.
 
     Returns:
-        The variant, and for each rung that failed what failed and which layer broke.
+        The variant, and for each that failed what failed and which layer broke.
     """
+    if wanted == INT8:
+        return int8_variant(model, gate, report)
+    return half_variant(model, wanted, gate, report)
+
+
+def int8_variant(
+    model: onnx.ModelProto, gate: VariantGate, report: Report | None = None
+) -> tuple[Variant | None, list[str]]:
+    """The model in int8, if it passes (see `make_variant`)."""
+    try:
+        quantised, kept = to_int8(model, gate.single)
+    except ExportError as error:
+        return None, [f"{INT8}: {error}"]
+    passed, reason = _try(quantised, INT8, gate, report)
+    if reason:
+        return None, [f"{INT8}: {reason}"]
+    return _variant(INT8, quantised, gate.single.manifest, passed, kept), []
+
+
+def half_variant(
+    model: onnx.ModelProto, wanted: str, gate: VariantGate, report: Report | None = None
+) -> tuple[Variant | None, list[str]]:
+    """The lowest rung of the ladder from `wanted`, fp16 or bf16, up (see `make_variant`)."""
     manifest = gate.single.manifest
     failed: list[str] = []
     largest: dict[str, float] = {}
@@ -82,25 +107,36 @@ def half_variant(
         typed = to_half(model, precision, keep)
         passed, reason = _try(typed, precision, gate, report)
         if not reason:
-            data = onnx_bytes(typed, manifest.properties())
-            figures = {c.what: c.figure() for c in passed}
-            entry: dict[str, Any] = {"file": FILES[precision], "parity": figures}
-            entry |= {"kept_in_fp32": list(keep.values())} if keep else {}
-            return Variant(precision, data, entry), failed
+            return _variant(precision, typed, manifest, passed, keep.values()), failed
         largest = largest or ranges(model, gate.reference, manifest)
         kept = f" with {len(keep)} more layers in fp32" if keep else ""
         failed.append(f"{precision}{kept}: {reason}{_broken(model, precision, keep, largest)}")
     return None, failed
 
 
+def _variant(
+    precision: str,
+    model: onnx.ModelProto,
+    manifest: Manifest,
+    passed: Iterable[Comparison],
+    kept: Iterable[str],
+) -> Variant:
+    """What has passed, with what the bundle says of it."""
+    figures = {c.what: c.figure() for c in passed}
+    entry: dict[str, Any] = {"file": FILES[precision], "parity": figures}
+    entry |= {"kept_in_fp32": list(kept)} if kept else {}
+    return Variant(precision, onnx_bytes(model, manifest.properties()), entry)
+
+
 def _try(
-    typed: onnx.ModelProto, precision: str, gate: HalfGate, report: Report | None
+    typed: onnx.ModelProto, precision: str, gate: VariantGate, report: Report | None
 ) -> tuple[list[Comparison], str]:
     """The comparisons of a model, and why it does not pass the gate; "" = it does."""
     passed: list[Comparison] = []
-    data = rounded(typed, precision).SerializeToString()
+    half = precision in HALF  # int8 is computed by the kernels that CPUs run it by
+    data = (rounded(typed, precision) if half else typed).SerializeToString()
     try:
-        with OnnxRuntimeEngine(data, device="cpu", optimize=False) as engine:
+        with OnnxRuntimeEngine(data, device="cpu", optimize=not half) as engine:
             for comparison in gate.comparisons(Network(engine, gate.single.manifest), precision):
                 if report is not None:
                     report(replace(comparison, what=f"{precision}: {comparison.what}"))

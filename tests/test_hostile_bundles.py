@@ -226,6 +226,7 @@ def set_field(thing: str, field: str, value: Any) -> Callable[[], onnx.ModelProt
 
 F32, I64 = TensorProto.FLOAT, TensorProto.INT64
 GIB = 1 << 30
+ONE = np.ones(1, np.float32)
 HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     # Memory
     "ConstantOfShape of 4 GB": (
@@ -451,6 +452,34 @@ HOSTILE: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "a Reshape by an input": (
         lambda: model(node("Reshape", "x label")), "computed while running"),
     "types that differ": (lambda: model(node("Add", "x t")), "types float32, int64 differ"),
+    # Quantisation: s is a scale, z a zero point, q what was quantised
+    "quantised integers": (lambda: model(node("QuantizeLinear", "t s"), s=ONE), "int64 is not q"),
+    "quantised to another kind": (
+        lambda: model(node("QuantizeLinear", "x s z"), s=ONE, z=np.int32(0)), "of type int32"),
+    "integers of 32 bits": (
+        lambda: model(node("DequantizeLinear", "q s"), s=ONE, q=np.zeros(4, np.int32)),
+        "integers of type int32"),
+    "no integers": (lambda: model(node("DequantizeLinear", "x s"), s=ONE), "of type float32"),
+    "a scale of no numbers": (
+        lambda: model(node("QuantizeLinear", "x s"), s=np.zeros(0, np.float32)), "scale (0,) for"),
+    "a scale of no float": (
+        lambda: model(node("QuantizeLinear", "x s"), s=np.int32(1)), "scale of type int32"),
+    "scales for another axis": (
+        lambda: model(node("QuantizeLinear", "x s", axis=1), s=ONE.repeat(8)), "scale (8,) for"),
+    "scales for no axis": (
+        lambda: model(node("QuantizeLinear", "x s", axis=4), s=ONE.repeat(8)), "out of range"),
+    "scales of two axes": (
+        lambda: model(node("QuantizeLinear", "x s", axis=2), s=np.ones((8, 8), np.float32)),
+        "scale (8, 8) for"),
+    "blocks of scales": (
+        lambda: model(node("QuantizeLinear", "x s", axis=2, block_size=4), s=ONE.repeat(2)),
+        "block_size"),
+    "zero points of another kind": (
+        lambda: model(node("DequantizeLinear", "q s z"), s=ONE, q=np.zeros(4, np.int8),
+                      z=np.zeros(1, np.uint8)), "zero point of type uint8 for int8"),
+    "fewer zero points": (
+        lambda: model(node("QuantizeLinear", "x s z", axis=2), s=ONE.repeat(8), z=np.int8(0)),
+        "of different shapes"),
 }  # fmt: skip
 
 

@@ -140,6 +140,8 @@ OPERATORS: list[tuple[str, list[Any], dict[str, Any]]] = [
     ("QuantizeLinear", [A, (), np.zeros((), np.int8)], {}),
     ("QuantizeLinear", [A, (4,)], {"axis": 1}),
     ("DequantizeLinear", [np.zeros(A, np.int8), (2,), np.zeros(2, np.int8)], {"axis": 0}),
+    ("QuantizeLinear", [A, (6,), np.zeros(6, np.uint8)], {"axis": -2}),
+    ("DequantizeLinear", [np.zeros(A, np.int8), (4,), np.zeros(4, np.int8)], {}),
     ("DequantizeLinear", [np.zeros(A, np.uint8), ()], {}),
     ("MatMul", [A, (5, 7)], {}),
     ("MatMul", [(4, 1, 3, 5), (6, 5, 7)], {}),

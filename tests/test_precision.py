@@ -423,7 +423,7 @@ def test_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--variants", "fp16,fp8"], "variants are fp32, fp16, bf16; got 'fp8'"),
+    [(["--variants", "fp16,fp8"], "variants are fp32, fp16, bf16, int8; got 'fp8'"),
      (["--variants", ""], "no variant is wanted"),
      (["--steps", "3"], "--steps cannot change"),
      (["--licence", "MIT"], "--licence cannot change"),

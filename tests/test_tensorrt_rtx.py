@@ -15,12 +15,15 @@ pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
 
 from ddpm_edge import Bundle
 from ddpm_edge.errors import BuildError
+from ddpm_edge.export import quantize
 from ddpm_edge.export.precision import HALF, to_half
 from ddpm_edge.export.to_onnx import onnx_bytes
 from ddpm_edge.export.to_tensorrt import Phases, Profile, build_engine
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.runtimes.flavour import Flavour, flavour
-from ddpm_edge.samplers import default_plan
+from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
+from ddpm_edge.samplers import ddim, default_plan
+from ddpm_edge.sampling import Network
 from ddpm_edge.schedule import Schedule
 
 DYNAMIC = Profile(1, 2, 32)
@@ -46,6 +49,15 @@ def test_the_built_in_model(rtx: Flavour, builtin: bytes, variant: str) -> None:
 
 def test_a_fixed_batch(rtx: Flavour, builtin: bytes) -> None:
     build_engine(builtin, rtx, Profile(1, 1, 1))
+
+
+def test_int8(rtx: Flavour, builtin: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser and the builder do not look at scales: those of two steps will do."""
+    monkeypatch.setattr(quantize, "plans", lambda net: [ddim(net.manifest.schedule, steps=2)])
+    model = onnx.load_from_string(builtin)
+    with OnnxRuntimeEngine(builtin, device="cpu") as engine:
+        quantised, _ = quantize.to_int8(model, Network(engine, Bundle.open().manifest))
+    assert len(build_engine(quantised.SerializeToString(), rtx, DYNAMIC).engine) > 1e6
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
     default="quick",
     show_default=True,
     help="full compares all T steps of Algorithm 2 with torch, not the last 50, and half "
-    "precision by a Frechet distance too, which takes minutes.",
+    "precision by a Frechet distance too (int8 always is), which takes minutes.",
 )
 @click.option(
     "--variants",
