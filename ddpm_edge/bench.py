@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import statistics
 import sys
 import time
@@ -15,9 +15,18 @@ from typing import Any
 from ddpm_edge import checks
 from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
-from ddpm_edge.errors import ConfigError
+from ddpm_edge.errors import (
+    CacheWarning,
+    ConfigError,
+    EngineError,
+    EngineMissingError,
+    RuntimeUnavailableError,
+    warn,
+)
 from ddpm_edge.generator import Generator, open_bundle
+from ddpm_edge.runtimes import RUNTIMES, choice
 from ddpm_edge.runtimes.base import Engine, WrappedEngine
+from ddpm_edge.runtimes.engine_cache import cache_directory
 
 PROC_STATUS = "/proc/self/status"  # Linux
 
@@ -178,13 +187,106 @@ def bench(
         plan=plan_name,
         variant=variant,
         runtime=where,
-        cpus=_cpus(),
+        cpus=choice.cpus(),
         runs=runs,
         load_ms=load_ms,
         first_image_ms=first_image_ms,
         batches=tuple(reports),
         peak_memory_mb=_peak_memory_mb(),
     )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant of a bundle on a runtime.
+
+    Attributes:
+        variant: precision of the network.
+        runtime: name of the runtime.
+        report: what was measured; None = it cannot run here.
+        reason: why not; "" = it can.
+    """
+
+    variant: str
+    runtime: str
+    report: Report | None
+    reason: str
+
+    @property
+    def ms_a_step(self) -> float:
+        """Of the batch that was measured, milliseconds; infinite where it cannot run."""
+        return self.report.batches[0].ms_a_step if self.report else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        report = self.report.to_dict() if self.report else None
+        return {"variant": self.variant, "runtime": self.runtime, "reason": self.reason} | {
+            "report": report
+        }
+
+
+def choose(
+    path: str | Path | None = None,
+    *,
+    batch: int = 1,
+    device: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+    **arguments: Any,
+) -> list[Candidate]:
+    """Measure every variant of a bundle on every runtime, and remember the fastest runtimes.
+
+    One after the other: the threads of two runtimes would slow each other. Afterwards
+    `runtime="auto"` takes, for each variant, the runtime that was the fastest here, until the
+    machine or a runtime changes. Which variant to take stays the caller's decision.
+
+    Args:
+        path: see `bench`.
+        batch: samples at once, >= 1.
+        device: see `bench`.
+        cache_dir: where it is remembered as well; see `bench`.
+        progress: called after every candidate.
+        **arguments: see `bench`.
+
+    Returns:
+        One a variant and runtime, the fastest first.
+
+    Raises:
+        ConfigError: an argument that cannot work.
+        BundleError: not a bundle.
+        RuntimeUnavailableError: nothing can run here.
+
+    Warns:
+        CacheWarning: the choice could not be remembered.
+    """
+    bundle = Bundle.open(path)
+    pairs = [(variant, runtime) for variant in bundle.manifest.variants for runtime in RUNTIMES]
+    candidates = []
+    for done, (variant, runtime) in enumerate(pairs, 1):
+        report, reason = None, ""
+        try:
+            report = bench(
+                path, batches=[batch], variant=variant, runtime=runtime, device=device,
+                cache_dir=cache_dir, **arguments,
+            )  # fmt: skip
+        except (EngineError, EngineMissingError, RuntimeUnavailableError, MemoryError) as error:
+            reason = str(error)
+        candidates.append(Candidate(variant, runtime, report, reason))
+        if progress is not None:
+            progress(done / len(pairs), f"{variant} by {runtime}")
+    if not any(candidate.report for candidate in candidates):
+        raise RuntimeUnavailableError("; ".join(f"{c.runtime}: {c.reason}" for c in candidates))
+    for variant in bundle.manifest.variants:
+        of_variant = {
+            c.runtime: c.ms_a_step for c in candidates if c.variant == variant and c.report
+        }
+        directory = cache_directory(cache_dir)
+        try:
+            if of_variant:
+                choice.remember(directory, bundle.model(variant)[1], device, of_variant)
+        except OSError as error:
+            warn(f"the choice cannot be remembered in {directory} ({error})", CacheWarning)
+    return sorted(candidates, key=lambda candidate: candidate.ms_a_step)
 
 
 def _run(
@@ -209,12 +311,6 @@ def _batch_report(batch: int, measured: Sequence[tuple[int, float, float]]) -> B
         loop_us=statistics.median(loop / steps * 1e6 for _, _, loop in measured),
         loop_percent=statistics.median(100 * loop / seconds for _, seconds, loop in measured),
     )
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use all of them
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _peak_memory_mb() -> float | None:

@@ -76,6 +76,8 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3  # errors only: warnings would go to the app's stderr
         # int8 on a CPU without VNNI: the right sums, not the quicker ones that overflow.
         options.add_session_config_entry("session.x64quantprecision", "1")
+        # Its threads would spin on after a call, and take the app's CPUs or another runtime's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if not optimize:

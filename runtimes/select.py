@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from ddpm_edge import checks
 from ddpm_edge.errors import EngineError, EngineMissingError, RuntimeUnavailableError
-from ddpm_edge.runtimes import onnx_runtime, openvino_runtime, trt
+from ddpm_edge.runtimes import choice, onnx_runtime, openvino_runtime, trt
 from ddpm_edge.runtimes.base import Engine
+from ddpm_edge.runtimes.engine_cache import cache_directory
 
 MAX_THREADS = 1024
 
@@ -60,11 +61,13 @@ def open_engine(
     Args:
         model: an .onnx file, or its bytes (inputs `x`, `t` and perhaps `label`; output
             `prediction`).
-        runtime: a name in `RUNTIMES`, or "auto": the best one that works here without building
-            anything, logged.
+        runtime: a name in `RUNTIMES`, or "auto": the one that was measured to be the fastest
+            (`ddpm_edge.bench.choose`), or else the best that works here without building anything;
+            logged.
         device: "cpu", "cuda" or "cuda:N"; None = the runtime's best.
         threads: CPU threads of one call, >= 1; None = the runtime's choice. TensorRT needs none.
-        cache_dir: where engines that were built on this device are; None = the user's cache.
+        cache_dir: where engines that were built on this device, and what was measured on it, are;
+            None = the user's cache.
         variant: precision of the model.
 
     Raises:
@@ -85,9 +88,9 @@ def open_engine(
         return _said(RUNTIMES[runtime](opening))
     reasons: list[str] = []
     failed: Exception | None = None
-    for name, opener in RUNTIMES.items():
+    for name in _order(opening):
         try:
-            return _said(opener(opening))
+            return _said(RUNTIMES[name](opening))
         except RuntimeUnavailableError as error:
             log.info("not %s: %s", name, error)
             reasons.append(f"{name}: {error}")
@@ -101,6 +104,14 @@ def open_engine(
             log.warning("not %s: %s", name, error)
             failed = failed or error
     raise failed or RuntimeUnavailableError("; ".join(reasons))
+
+
+def _order(o: Opening) -> list[str]:
+    """The runtimes, best first: what was measured here, then as they stand."""
+    fastest = choice.remembered(cache_directory(o.cache_dir), o.model, o.device)
+    if fastest in RUNTIMES:
+        log.info("%s is the fastest here, by `ddpm-edge bench --choose`", fastest)
+    return sorted(RUNTIMES, key=lambda name: name != fastest)
 
 
 def _said(engine: Engine) -> Engine:

@@ -11,6 +11,7 @@ from fake_gpu import FakeTensorRT, install
 from helpers import ToyEngine
 
 from ddpm_edge import Generator, bundle
+from ddpm_edge.runtimes.engine_cache import ENVIRONMENT
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +24,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or changes what was built and measured on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

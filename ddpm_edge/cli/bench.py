@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ddpm_edge.bench import Report
+from ddpm_edge.bench import Report, choose
 from ddpm_edge.bench import bench as measure
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.cli.options import plan_options, runtime_options
@@ -33,6 +33,13 @@ from ddpm_edge.cli.output import Progress, next_sample
     show_default=True,
     help="Times the whole plan runs for each batch; medians are shown.",
 )
+@click.option(
+    "--choose",
+    "choosing",
+    is_flag=True,
+    help="Measure every variant on every runtime instead, at the first --batch, and remember the "
+    "fastest runtimes for --runtime auto.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @plan_options
 @runtime_options
@@ -40,6 +47,7 @@ def bench(
     bundle: Path | None,
     batches: tuple[int, ...],
     runs: int,
+    choosing: bool,
     as_json: bool,
     plan: dict[str, Any],
     where: dict[str, Any],
@@ -49,8 +57,12 @@ def bench(
     Shows the time to load and to the first image (ms), and for each batch the time of a step (ms),
     steps and images a second, and what the loop around the network costs (us and % of a step).
 
+    Example:  ddpm-edge bench --choose
     Example:  ddpm-edge bench --batch 1 --batch 16 --steps 50 --runs 3
     """
+    if choosing:
+        _choose(bundle, batches[0], runs, as_json, plan, where)
+        return
     with Progress("bench") as progress:
         report = measure(
             bundle, batches=batches, runs=runs, progress=progress.update, **where, **plan
@@ -60,6 +72,41 @@ def bench(
         return
     click.echo(text(report))
     click.echo(next_sample(bundle, Bundle.open(bundle).manifest))
+
+
+def _choose(
+    bundle: Path | None,
+    batch: int,
+    runs: int,
+    as_json: bool,
+    plan: dict[str, Any],
+    where: dict[str, Any],
+) -> None:
+    """`bench --choose`."""
+    chosen = [name for name in ("runtime", "variant") if where[name] not in ("auto", None)]
+    if chosen or where["build"] != "never":
+        raise click.UsageError(
+            f"--choose measures all of them; leave --{(chosen or ['build'])[0]} out"
+        )
+    del where["runtime"], where["variant"]
+    with Progress("bench") as progress:
+        found = choose(bundle, batch=batch, runs=runs, progress=progress.update, **where, **plan)
+    if as_json:
+        click.echo(json.dumps([candidate.to_dict() for candidate in found]))
+        return
+    click.echo(f"{'variant':8} {'runtime':12} {'ms a step':>9} {'images/s':>9}")
+    for c in found:
+        if c.report is None:
+            click.echo(f"{c.variant:8} {c.runtime:12} {'-':>9} {'-':>9}  {c.reason}")
+        else:
+            rate = c.report.batches[0].images_a_second
+            click.echo(f"{c.variant:8} {c.runtime:12} {c.ms_a_step:9.2f} {rate:9.2f}")
+    for variant in dict.fromkeys(c.variant for c in found if c.report):
+        fastest = next(c for c in found if c.variant == variant)
+        click.echo(f"{variant}: --runtime auto takes {fastest.runtime}")
+    best = found[0]
+    if best.variant != "fp32":
+        click.echo(f"Next: --variant {best.variant}, the fastest; without it fp32 runs")
 
 
 def text(report: Report) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ddpm_edge.cli.options import cache_option
+from ddpm_edge.runtimes import choice
 from ddpm_edge.runtimes.engine_cache import EngineCache, cache_directory
 
 
@@ -52,12 +53,13 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
 @cache.command()
 @cache_option
 def clear(cache_dir: Path | None) -> None:
-    """Remove the engines from the cache, and nothing else.
+    """Remove the engines, and what `bench --choose` remembered, and nothing else.
 
     Example:  ddpm-edge cache clear
     """
     directory = cache_directory(cache_dir)
     engines, size = EngineCache(directory).clear()
+    choice.forget(directory)
     click.echo(f"{_engines(engines)}, {size / 1e6:.1f} MB removed from {directory}")
 
 

@@ -1,0 +1,118 @@
+"""The fastest runtime of a model on this machine, as it was measured and remembered.
+
+    DIRECTORY/fastest.json     {SHA-256 of the model: {DEVICE: {"runtime", "ms_a_step", "machine"}}}
+
+It only orders the runtimes that `auto` tries: one that is gone, or a file that was damaged, costs
+nothing but the choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ddpm_edge.files import write_bytes
+
+FILE = "fastest.json"
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
+CPUINFO = "/proc/cpuinfo"  # Linux
+
+log = logging.getLogger("ddpm_edge")
+
+
+def remember(
+    directory: Path, model: bytes, device: str | None, ms_a_step: Mapping[str, float]
+) -> str:
+    """Note the fastest runtime of a model; its name.
+
+    Args:
+        directory: the device's cache.
+        model: the .onnx file.
+        device: as `open_engine` was asked for it.
+        ms_a_step: what each runtime took, milliseconds; at least one.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    runtime = min(ms_a_step, key=lambda name: ms_a_step[name])
+    records = _records(directory)
+    of_model = records.setdefault(_digest(model), {})
+    of_model[device or "any"] = {
+        "runtime": runtime,
+        "ms_a_step": dict(ms_a_step),
+        "machine": machine(),
+    }
+    directory.mkdir(0o700, parents=True, exist_ok=True)
+    write_bytes(directory / FILE, (json.dumps(records, indent=1) + "\n").encode(), mode=0o644)
+    return runtime
+
+
+def remembered(directory: Path, model: bytes, device: str | None) -> str | None:
+    """The fastest runtime of this model, if it was measured on this machine as it is now."""
+    records = _records(directory)
+    try:
+        record = records[_digest(model)][device or "any"] if records else None
+        if record is None:
+            return None
+        if record["machine"] == machine():
+            return str(record["runtime"])
+    except (KeyError, TypeError):  # another model or device, or not as `remember` writes it
+        return None
+    log.info("this machine or a runtime has changed since `ddpm-edge bench --choose`")
+    return None
+
+
+def forget(directory: Path) -> None:
+    """Remove all that was remembered."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(directory / FILE)
+
+
+def machine() -> dict[str, Any]:
+    """What the measurement depends on: processor, CPUs of this process, versions of runtimes."""
+    return {"processor": _processor(), "cpus": cpus(), "versions": dict(_versions())}
+
+
+def cpus() -> int:
+    """How many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use all of them
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open(CPUINFO, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)
+
+
+def _records(directory: Path) -> dict[str, Any]:
+    """The file's content; nothing where there is none, or none that can be read."""
+    try:
+        found = json.loads((directory / FILE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.info("%s is not used: %s", directory / FILE, error)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digest(model: bytes) -> str:
+    return hashlib.sha256(model).hexdigest()
