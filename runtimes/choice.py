@@ -70,6 +70,15 @@ def remembered(directory: Path, model: bytes, device: str | None) -> str | None:
     return None
 
 
+def listed(directory: Path) -> list[tuple[str, str, str]]:
+    """All that is remembered, whether still valid or not: SHA-256 of the model, device, runtime."""
+    found = []
+    for model, devices in _records(directory).items():
+        with contextlib.suppress(AttributeError, KeyError, TypeError):  # not as `remember` writes
+            found += [(model, device, str(r["runtime"])) for device, r in devices.items()]
+    return found
+
+
 def forget(directory: Path) -> None:
     """Remove all that was remembered."""
     with contextlib.suppress(FileNotFoundError):

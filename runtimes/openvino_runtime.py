@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
@@ -17,7 +18,9 @@ from ddpm_edge.runtimes.base import TensorSpec, check_inputs
 NAME = "openvino"
 REMEDY = "pip install 'ddpm-edge[openvino]'"
 DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "i64": np.dtype(np.int64)}
-OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "allocate")
+OUT_OF_MEMORY = (
+    "bad_alloc", "bad allocation", "out of memory", "allocate", "Resource temporarily unavailable",
+)  # fmt: skip
 TELEMETRY = "openvino_telemetry"
 POLL_MS = 100
 _LOCK = threading.Lock()
@@ -54,6 +57,7 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,  # or all processes of one thread share the first CPU
         }
         if threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = threads
@@ -62,10 +66,7 @@ class OpenVinoEngine:
         self.inputs, self.outputs = ({p.any_name: _spec(p) for p in side} for side in ports)
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Evaluate the model (see `Engine`).
-
-        An evaluation is not ended early: what interrupts gets out at its end.
-        """
+        """Evaluate the model (see `Engine`)."""
         if self._model is None:
             raise ClosedError("the engine was closed; open it again")
         check_inputs(self.inputs, arrays)
@@ -79,7 +80,6 @@ class OpenVinoEngine:
             failure = _failure(request)
             if failure is not None:
                 raise failure from error
-            self._request = request
             raise  # what interrupted
         self._request = request
         return {name: np.array(request.get_tensor(name).data) for name in self.outputs}
@@ -136,23 +136,36 @@ def _openvino() -> Any:
 def _run(request: Any, arrays: Mapping[str, Array]) -> None:
     """Run to the end; Python acts on Ctrl-C ten times a second meanwhile."""
     # `infer` raises nothing where memory lacks, and leaves the last answer in place
-    request.start_async(dict(arrays))  # copies: the caller's arrays are free afterwards
+    try:
+        request.start_async(dict(arrays))  # copies: the caller's arrays are free afterwards
+    except Exception as error:  # RuntimeError, and whatever else it passes on
+        raise _what_failed(error) from error
     while not request.wait_for(POLL_MS):
         pass
 
 
 def _failure(request: Any) -> Exception | None:
-    """Why a run failed, once it has ended, as an Engine promises it; None = it has not failed."""
+    """Why a run failed, as an Engine promises it; None = it has not failed, and is ended now."""
     try:
+        if request.wait_for(0):
+            request.wait()
+            return None
+    except Exception as error:
+        return _what_failed(error)
+    request.cancel()
+    with contextlib.suppress(Exception):  # that it was cancelled
         request.wait()
-    except Exception as error:  # RuntimeError, and whatever else it passes on
-        text = _words(error)
-        if _lacks_memory(error):
-            return MemoryError(f"OpenVINO: {text}")
-        return EngineError(
-            f"OpenVINO failed: {text}; verify the bundle, or try another variant or runtime"
-        )
     return None
+
+
+def _what_failed(error: Exception) -> Exception:
+    """A failure of a run as the error that an Engine promises."""
+    text = _words(error)
+    if _lacks_memory(error):
+        return MemoryError(f"OpenVINO: {text}")
+    return EngineError(
+        f"OpenVINO failed: {text}; verify the bundle, or try another variant or runtime"
+    )
 
 
 def _lacks_memory(error: Exception) -> bool:

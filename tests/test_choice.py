@@ -175,6 +175,9 @@ def test_command(tmp_path: Path) -> None:
     assert rows[0]["report"]["batches"][0]["ms_a_step"] == 5.0
     refused = run("--variant", "fp32")
     assert (refused.exit_code, "leave --variant out" in refused.output) == (2, True)
+    listed = CliRunner().invoke(main, ["cache", "list", "--cache-dir", str(tmp_path)]).output
+    digest = choice._digest(Bundle.open().model()[1])
+    assert f"model {digest[:12]}, device any: fast is the fastest" in listed
     CliRunner().invoke(main, ["cache", "clear", "--cache-dir", str(tmp_path)])
     assert opened(tmp_path) == "slow"
 

@@ -24,19 +24,20 @@ def cache() -> None:
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def list_(cache_dir: Path | None, as_json: bool) -> None:
-    """List the engines in the cache, the newest last.
+    """List the engines in the cache, the newest last, and what `bench --choose` found.
 
     Example:  ddpm-edge cache list --json
     """
     directory = cache_directory(cache_dir)
-    entries = EngineCache(directory).entries()
+    entries, measured = EngineCache(directory).entries(), choice.listed(directory)
     if as_json:
         rows = [
             entry.key.to_dict()
             | {"file": str(entry.path), "size": entry.size, "built": entry.built}
             for entry in entries
         ]
-        click.echo(json.dumps({"directory": str(directory), "engines": rows}))
+        fastest = [dict(zip(("model", "device", "runtime"), r, strict=True)) for r in measured]
+        click.echo(json.dumps({"directory": str(directory), "engines": rows, "fastest": fastest}))
         return
     for entry in entries:
         key = entry.key
@@ -46,6 +47,8 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
             f"{key.variant}  {key.flavour} {key.version}  {key.device} ({key.compute_capability})  "
             f"batch {least} to {most}, best {best}"
         )
+    for model, device, runtime in measured:
+        click.echo(f"model {model[:12]}, device {device}: {runtime} is the fastest")
     total = sum(entry.size for entry in entries)
     click.echo(f"{_engines(len(entries))}, {total / 1e6:.1f} MB in {directory}")
 

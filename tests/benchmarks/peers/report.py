@@ -14,12 +14,17 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{where['processor']}, {where['cpus']} CPUs ({', '.join(where['instructions'])}{no_amx}); "
         f"a dense product reaches {where['peak_fp32_gflop_s']:.0f} GFLOP/s in float32, "
-        f"{where['peak_bf16_gflop_s']:.0f} in bfloat16. {versions}; {where['date']}. Medians of "
-        f"{results['rounds']} interleaved turns of {results['steps']} DDIM steps."
+        f"{where['peak_bf16_gflop_s']:.0f} in bfloat16. {versions}; {where['date']}."
     ]
     for model, found in results["models"].items():
-        lines += ["", f"**{model}**, {found['gflop']:.2f} GFLOP an evaluation", ""]
+        lines += ["", (
+            f"**{model}**, {found['gflop']:.2f} GFLOP an evaluation; medians of {found['rounds']} "
+            f"interleaved turns of {found['steps']} DDIM steps"
+        ), ""]  # fmt: skip
         lines += peers(found.get("peers", []), where)
+        if loop := found.get("loop"):
+            shares = ", ".join(f"{name} {percent:.1f} %" for name, percent in loop.items())
+            lines += ["", f"The loop around the network, of a step of batch 1: {shares}"]
         if found.get("fresh"):
             lines += ["", "| from process start | first 16 images, 20 steps | peak memory |"]
             lines += ["|---|---|---|"]
@@ -106,3 +111,44 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.grid(visible=True, which="both", alpha=0.3)
     figure.supxlabel("* the network alone, without a sampling loop", fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def readme(results: dict[str, Any]) -> str:
+    """What the README shows: a step of every contender, starting, and equal quality."""
+    models = results["models"]
+    columns = [(name, batch) for name in models for batch in (1, 8)]
+    of = {
+        (name, row["batch"], row["contender"]): row
+        for name, found in models.items()
+        for row in found["peers"]
+    }
+    head = [f"{name} ({models[name]['gflop']:.2f} GFLOP), batch {batch}" for name, batch in columns]
+    lines = [f"| ms a step (times diffusers) | {' | '.join(head)} |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for contender in dict.fromkeys(contender for _, _, contender in of):
+        cells = [of.get((*column, contender)) for column in columns]
+        lines.append(f"| {contender} | {' | '.join(_cell(row) for row in cells)} |")
+    first = {row["contender"]: row for row in models["built-in"]["fresh"]}
+    theirs, ours = first["diffusers"], first["ddpm-edge, ONNX Runtime fp32"]
+    imports, sizes, equal = (results[k] for k in ("imports_s", "installs_mb", "equal_quality"))
+    seconds = imports["diffusers"], imports["ddpm-edge and ONNX Runtime"]
+    lines += [
+        "",
+        "| the built-in model, a new process | diffusers | ddpm-edge[cpu] |",
+        "|---|---|---|",
+        f"| import | {seconds[0]:.2f} s | {seconds[1]:.2f} s |",
+        f"| start to the first 16 images, 20 steps | {theirs['first_images_s']:.2f} s | "
+        f"{ours['first_images_s']:.2f} s |",
+        f"| peak memory | {theirs['peak_memory_mb']:.0f} MB | {ours['peak_memory_mb']:.0f} MB |",
+        f"| a fresh environment | {sizes['diffusers']:.0f} MB | {sizes['ddpm-edge[cpu]']:.0f} MB |",
+        f"| an image of equal quality | {equal['diffusers_1000_steps_s']:.2f} s, 1000 steps | "
+        f"{equal['ours_20_steps_s']:.3f} s, 20 steps |",
+        "",
+        f"The last line is {equal['times']:.0f} times: {equal['fewer_steps']:.0f} times fewer "
+        f"steps (below), each {equal['times_a_step']:.1f} times as fast.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return f"{row['ms_a_step']:.1f} ({row['times_diffusers'][0]:.1f})" if row else ""
