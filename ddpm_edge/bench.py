@@ -20,6 +20,7 @@ from ddpm_edge.errors import (
     ConfigError,
     EngineError,
     EngineMissingError,
+    NonFiniteError,
     RuntimeUnavailableError,
     warn,
 )
@@ -28,6 +29,9 @@ from ddpm_edge.runtimes import RUNTIMES, choice
 from ddpm_edge.runtimes.base import Engine, WrappedEngine
 from ddpm_edge.runtimes.engine_cache import cache_directory
 
+CANNOT_RUN = (
+    EngineError, EngineMissingError, MemoryError, NonFiniteError, RuntimeUnavailableError,
+)  # fmt: skip
 PROC_STATUS = "/proc/self/status"  # Linux
 
 Progress = Callable[[float, str], object]  # the share that is done, 0..1, and a note
@@ -269,7 +273,7 @@ def choose(
                 path, batches=[batch], variant=variant, runtime=runtime, device=device,
                 cache_dir=cache_dir, **arguments,
             )  # fmt: skip
-        except (EngineError, EngineMissingError, RuntimeUnavailableError, MemoryError) as error:
+        except CANNOT_RUN as error:
             reason = str(error)
         candidates.append(Candidate(variant, runtime, report, reason))
         if progress is not None:

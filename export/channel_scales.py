@@ -55,7 +55,7 @@ def join_scales(model: onnx.ModelProto) -> onnx.ModelProto:
             f"channels{size[1]}/mean": 0 * channels,
             f"channels{size[1]}/variance": (1 - EPSILON) * channels,
         }
-        for name in constants.keys() - arrays.keys():
+        for name in [name for name in constants if name not in arrays]:
             arrays[name] = np.asarray(constants[name], np.float32)
             graph.initializer.append(onnx.numpy_helper.from_array(arrays[name], name))
         joined[result] = onnx.helper.make_node(

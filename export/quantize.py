@@ -18,7 +18,7 @@ import numpy as np
 
 from ddpm_edge import samplers
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import ExportError
+from ddpm_edge.errors import ClosedError, EngineLostError, ExportError
 from ddpm_edge.export.precision import layers
 from ddpm_edge.plan import Plan
 from ddpm_edge.runtimes.base import Engine, WrappedEngine
@@ -85,9 +85,11 @@ def to_int8(model: onnx.ModelProto, network: Network) -> tuple[onnx.ModelProto, 
                     "QuantizeBias": False,  # nor int32; ONNX Runtime does it itself, from 1.21 on
                 },
             )
-        except RuntimeError as error:  # 1.19 fails at a softmax
+        except (EngineLostError, ClosedError, MemoryError):
+            raise
+        except Exception as error:  # whatever the library and its sessions raise
             raise ExportError(
-                f"onnxruntime.quantization failed: {error}; pip install 'onnxruntime>=1.20'"
+                f"onnxruntime.quantization failed: {error}; it needs onnxruntime 1.20 or later"
             ) from error
         quantised = onnx.load(made)
     quantised.producer_name, quantised.graph.name = model.producer_name, model.graph.name

@@ -43,9 +43,10 @@ def remember(
         OSError: it cannot be written there.
     """
     runtime = min(ms_a_step, key=lambda name: ms_a_step[name])
-    records = _records(directory)
-    of_model = records.setdefault(_digest(model), {})
-    of_model[device or "any"] = {
+    records, digest = _records(directory), _digest(model)
+    if not isinstance(records.get(digest), dict):  # not as this function writes it
+        records[digest] = {}
+    records[digest][device or "any"] = {
         "runtime": runtime,
         "ms_a_step": dict(ms_a_step),
         "machine": machine(),
@@ -55,19 +56,19 @@ def remember(
     return runtime
 
 
-def remembered(directory: Path, model: bytes, device: str | None) -> str | None:
-    """The fastest runtime of this model, if it was measured on this machine as it is now."""
+def remembered(directory: Path, model: bytes, device: str | None) -> dict[str, float]:
+    """What each runtime took, if it was measured on this machine as it is now; else nothing."""
     records = _records(directory)
     try:
         record = records[_digest(model)][device or "any"] if records else None
         if record is None:
-            return None
+            return {}
         if record["machine"] == machine():
-            return str(record["runtime"])
-    except (KeyError, TypeError):  # another model or device, or not as `remember` writes it
-        return None
+            return {str(name): float(ms) for name, ms in record["ms_a_step"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):  # another model or device, or damaged
+        return {}
     log.info("this machine or a runtime has changed since `ddpm-edge bench --choose`")
-    return None
+    return {}
 
 
 def listed(directory: Path) -> list[tuple[str, str, str]]:

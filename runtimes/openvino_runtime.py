@@ -63,7 +63,7 @@ class OpenVinoEngine:
             self._properties["INFERENCE_NUM_THREADS"] = threads
         self._request: Any = self._compiled()
         ports = self._request.model_inputs, self._request.model_outputs
-        self.inputs, self.outputs = ({p.any_name: _spec(p) for p in side} for side in ports)
+        self.inputs, self.outputs = ({_name(p): _spec(p) for p in side} for side in ports)
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""
@@ -78,7 +78,7 @@ class OpenVinoEngine:
             _run(request, arrays)
         except BaseException as error:
             failure = _failure(request)
-            if failure is not None:
+            if failure is not None and isinstance(error, Exception):
                 raise failure from error
             raise  # what interrupted
         self._request = request
@@ -178,12 +178,15 @@ def _words(error: Exception) -> str:
     return " ".join(line for line in lines if line and not line.startswith("Exception from "))
 
 
+def _name(port: Any) -> str:
+    """The name in the file: a tensor that the graph only hands on has several names here."""
+    return str(port.node.friendly_name).partition("/sink_port")[0]
+
+
 def _spec(port: Any) -> TensorSpec:
     kind = port.element_type.get_type_name()
     if kind not in DTYPES:
-        raise EngineError(
-            f"the model's {port.any_name!r} is {kind}; expected {' or '.join(DTYPES)}"
-        )
+        raise EngineError(f"the model's {_name(port)!r} is {kind}; expected {' or '.join(DTYPES)}")
     shape = tuple(
         None if size.is_dynamic else size.get_length() for size in port.get_partial_shape()
     )

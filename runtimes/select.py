@@ -107,11 +107,16 @@ def open_engine(
 
 
 def _order(o: Opening) -> list[str]:
-    """The runtimes, best first: what was measured here, then as they stand."""
-    fastest = choice.remembered(cache_directory(o.cache_dir), o.model, o.device)
-    if fastest in RUNTIMES:
-        log.info("%s is the fastest here, by `ddpm-edge bench --choose`", fastest)
-    return sorted(RUNTIMES, key=lambda name: name != fastest)
+    """The runtimes, best first: as they stand, but those that were measured here by their figures.
+
+    One that could not run then, such as TensorRT before its engine was built, keeps its place.
+    """
+    ms = choice.remembered(cache_directory(o.cache_dir), o.model, o.device)
+    measured = sorted((name for name in RUNTIMES if name in ms), key=lambda name: ms[name])
+    if measured:
+        log.info("%s is the fastest here, by `ddpm-edge bench --choose`", measured[0])
+    following = iter(measured)
+    return [next(following) if name in ms else name for name in RUNTIMES]
 
 
 def _said(engine: Engine) -> Engine:

@@ -90,6 +90,13 @@ def test_a_runtime_that_has_gone_is_passed_over(runtimes: dict[str, Any], tmp_pa
 
 
 @pytest.mark.usefixtures("figures")
+def test_what_could_not_run_then_keeps_its_place(runtimes: dict[str, Any], tmp_path: Path) -> None:
+    choose(cache_dir=tmp_path)
+    runtimes["broken"] = lambda _: Named("built since")
+    assert opened(tmp_path) == "built since"
+
+
+@pytest.mark.usefixtures("figures")
 def test_nothing_that_runs(runtimes: dict[str, Any], tmp_path: Path) -> None:
     runtimes["slow"] = runtimes["fast"] = runtimes["broken"]
     with pytest.raises(RuntimeUnavailableError, match="broken: it cannot; slow: it cannot"):
@@ -117,11 +124,11 @@ def test_another_machine_or_version_is_another_matter(
     changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choice.remember(tmp_path, MODEL, None, {"a": 2.0, "b": 1.0}) == "b"
-    assert choice.remembered(tmp_path, MODEL, None) == "b"
-    assert choice.remembered(tmp_path, MODEL + b"2", None) is None
+    assert choice.remembered(tmp_path, MODEL, None) == {"a": 2.0, "b": 1.0}
+    assert choice.remembered(tmp_path, MODEL + b"2", None) == {}
     now = choice.machine() | changed
     monkeypatch.setattr(choice, "machine", lambda: now)
-    assert choice.remembered(tmp_path, MODEL, None) is None
+    assert choice.remembered(tmp_path, MODEL, None) == {}
 
 
 def test_models_and_devices_are_remembered_beside_each_other(tmp_path: Path) -> None:
@@ -130,10 +137,10 @@ def test_models_and_devices_are_remembered_beside_each_other(tmp_path: Path) -> 
     choice.remember(tmp_path, b"another", None, {"c": 1.0})
     found = [choice.remembered(tmp_path, *key) for key in
              ((MODEL, None), (MODEL, "cpu"), (b"another", None))]  # fmt: skip
-    assert found == ["a", "b", "c"]
+    assert [[*ms] for ms in found] == [["a"], ["b"], ["c"]]
     choice.forget(tmp_path)
     choice.forget(tmp_path)
-    assert choice.remembered(tmp_path, MODEL, None) is None
+    assert choice.remembered(tmp_path, MODEL, None) == {}
 
 
 def records(text: Any) -> str:
@@ -148,13 +155,15 @@ def records(text: Any) -> str:
 )  # fmt: skip
 def test_a_damaged_file_costs_nothing_but_the_choice(text: str, tmp_path: Path) -> None:
     (tmp_path / choice.FILE).write_text(text, encoding="latin-1")
-    assert choice.remembered(tmp_path, MODEL, None) is None
+    assert choice.remembered(tmp_path, MODEL, None) == {}
     assert select._order(select.Opening(MODEL, "fp32", None, None, tmp_path)) == [*RUNTIMES]
+    assert choice.remember(tmp_path, MODEL, None, {"a": 1.0}) == "a"
+    assert choice.remembered(tmp_path, MODEL, None) == {"a": 1.0}
 
 
 def test_without_a_file_nothing_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_digest", lambda _: pytest.fail("hashed"))
-    assert choice.remembered(tmp_path, MODEL, None) is None
+    assert choice.remembered(tmp_path, MODEL, None) == {}
 
 
 @pytest.mark.usefixtures("runtimes", "figures")

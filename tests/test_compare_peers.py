@@ -52,13 +52,6 @@ def test_ratio_is_the_median_of_the_rounds() -> None:
     assert high - low < 0.5  # about 2 x 1.96 x 1.25 x 0.3 / sqrt(41) = 0.23
 
 
-def test_the_readme_has_the_figures_of_the_json() -> None:
-    from report import readme
-
-    results = json.loads((BENCHMARKS / "compare_peers.json").read_text())
-    assert readme(results) in (ROOT / "README.md").read_text()
-
-
 def test_table_and_picture(tmp_path: Path) -> None:
     from report import plot, table
 

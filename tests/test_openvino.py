@@ -81,6 +81,31 @@ def test_half_precision(variant: str, tmp_path: Path, caplog: pytest.LogCaptureF
         assert generator.runtime.startswith("onnxruntime" if variant == "fp16" else "openvino")
 
 
+def test_inputs_have_the_file_s_names() -> None:
+    """A tensor that the graph only hands on has several names in OpenVINO."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Identity", ["t"], ["also t"]),
+        helper.make_node("Cast", ["also t"], ["number"], to=kinds.FLOAT),
+        helper.make_node("Reshape", ["number", "shape"], ["column"]),
+        helper.make_node("Add", ["x", "column"], ["sum"]),
+        helper.make_node("Identity", ["sum"], ["prediction"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "test",
+        [value("x", kinds.FLOAT, ["batch", 2]), value("t", kinds.INT64, ["batch"])],
+        [value("prediction", kinds.FLOAT, ["batch", 2])],
+        [onnx.numpy_helper.from_array(np.array([-1, 1]), "shape")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with OpenVinoEngine(model.SerializeToString()) as opened:
+        assert (list(opened.inputs), list(opened.outputs)) == (["x", "t"], ["prediction"])
+        answer = opened({"x": np.ones((3, 2), np.float32), "t": np.array([1, 2, 3])})
+    np.testing.assert_array_equal(answer["prediction"], [[2, 2], [3, 3], [4, 4]])
+
+
 def test_answers_are_the_caller_s_to_keep(engine: Engine) -> None:
     first = engine(arrays(2))["prediction"]
     kept = first.copy()

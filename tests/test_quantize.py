@@ -102,8 +102,8 @@ def test_what_is_in_int8(builtin: tuple[Any, Network]) -> None:
     assert model.SerializeToString() == before
     check_model(quantised.SerializeToString(), network.manifest)
     assert [(o.domain, o.version) for o in quantised.opset_import] == [("", 18)]
-    blocks = [f"up.{i}.block.shortcut" for i in (0, 1, 3, 4, 6, 7)]
-    assert kept == ["stem", *blocks, "head"]
+    blocks = [f"network.up.{i}.block.shortcut" for i in (0, 1, 3, 4, 6, 7)]
+    assert kept == ["network.stem", *blocks, "network.head"]
     makers = {o: n for n in quantised.graph.node for o in n.output}
     chosen = int8_nodes(model)
     assert len(chosen) == 44 - len(kept)
@@ -115,7 +115,10 @@ def test_what_is_in_int8(builtin: tuple[Any, Network]) -> None:
         elif node.op_type == "Conv":
             assert now.input[1] == f"{name}.weight"
     weights = arrays(quantised)
-    for name in ("stem", "head", "time.linear1", "time.linear2", "shifts", *blocks):
+    ends = [
+        f"network.{name}" for name in ("stem", "head", "time.linear1", "time.linear2", "shifts")
+    ]
+    for name in (*ends, *blocks):
         np.testing.assert_array_equal(weights[f"{name}.weight"], arrays(model)[f"{name}.weight"])
     for node in quantised.graph.node:  # symmetric; and one scale a channel of the weights
         if node.op_type in (QUANTISE, DEQUANTISE):
