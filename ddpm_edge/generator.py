@@ -96,8 +96,8 @@ class Generator:
 
         Args:
             path: the bundle's directory; None = the built-in Fashion-MNIST model.
-            runtime: "auto" (the best that works here without building anything), "tensorrt",
-                "onnxruntime" or "openvino".
+            runtime: "auto" (what `bench --choose` measured to be the fastest here, or else the best
+                that works without building anything), "tensorrt", "onnxruntime" or "openvino".
             device: such as "cpu", "cuda" or "cuda:1"; None = the runtime's best.
             variant: precision of the network; None = fp32.
             threads: CPU threads of one evaluation; None = the runtime's choice.
