@@ -280,11 +280,11 @@ def choose(
             progress(done / len(pairs), f"{variant} by {runtime}")
     if not any(candidate.report for candidate in candidates):
         raise RuntimeUnavailableError("; ".join(f"{c.runtime}: {c.reason}" for c in candidates))
+    directory = cache_directory(cache_dir)
     for variant in bundle.manifest.variants:
         of_variant = {
             c.runtime: c.ms_a_step for c in candidates if c.variant == variant and c.report
         }
-        directory = cache_directory(cache_dir)
         try:
             if of_variant:
                 choice.remember(directory, bundle.model(variant)[1], device, of_variant)

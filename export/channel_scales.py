@@ -42,7 +42,7 @@ def join_scales(model: onnx.ModelProto) -> onnx.ModelProto:
         if scale.op_type != "Mul" or product in outputs or len(users.get(product, ())) != 1:
             continue
         shift = users[product][0]
-        size = [d.dim_value for d in dims.get(product, ())]
+        size = _size(dims, product)
         x, factor = _channel_constant(scale, arrays, size)
         _, term = _channel_constant(shift, arrays, size)
         if shift.op_type != "Add" or factor is None or term is None or _size(dims, x) != size:

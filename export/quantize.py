@@ -114,8 +114,9 @@ def int8_nodes(model: onnx.ModelProto) -> set[str]:
             continue
         after_x |= set(node.output)
         later = not after_layer.isdisjoint(node.input)
-        if later and node.op_type == "Conv" and node.input[1] in constants:
-            found |= {node.output[0]} - {o for o in node.output if node.input[0] in joined}
+        fixed = node.op_type == "Conv" and node.input[1] in constants
+        if later and fixed and node.input[0] not in joined:
+            found.add(node.output[0])
         if later or node.op_type in LAYERS:
             after_layer |= set(node.output)
     before_layer: set[str] = set()

@@ -1,6 +1,6 @@
 """The fastest runtime of a model on this machine, as it was measured and remembered.
 
-    DIRECTORY/fastest.json     {SHA-256 of the model: {DEVICE: {"runtime", "ms_a_step", "machine"}}}
+    DIRECTORY/fastest.json     {SHA-256 of the model: {DEVICE: {"ms_a_step", "machine"}}}
 
 It only orders the runtimes that `auto` tries: one that is gone, or a file that was damaged, costs
 nothing but the choice.
@@ -42,18 +42,16 @@ def remember(
     Raises:
         OSError: it cannot be written there.
     """
-    runtime = min(ms_a_step, key=lambda name: ms_a_step[name])
     records, digest = _records(directory), _digest(model)
     if not isinstance(records.get(digest), dict):  # not as this function writes it
         records[digest] = {}
     records[digest][device or "any"] = {
-        "runtime": runtime,
         "ms_a_step": dict(ms_a_step),
         "machine": machine(),
     }
     directory.mkdir(0o700, parents=True, exist_ok=True)
     write_bytes(directory / FILE, (json.dumps(records, indent=1) + "\n").encode(), mode=0o644)
-    return runtime
+    return _fastest(ms_a_step)
 
 
 def remembered(directory: Path, model: bytes, device: str | None) -> dict[str, float]:
@@ -75,9 +73,13 @@ def listed(directory: Path) -> list[tuple[str, str, str]]:
     """All that is remembered, whether still valid or not: SHA-256 of the model, device, runtime."""
     found = []
     for model, devices in _records(directory).items():
-        with contextlib.suppress(AttributeError, KeyError, TypeError):  # not as `remember` writes
-            found += [(model, device, str(r["runtime"])) for device, r in devices.items()]
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # damaged
+            found += [(model, d, _fastest(r["ms_a_step"])) for d, r in devices.items()]
     return found
+
+
+def _fastest(ms_a_step: Mapping[str, float]) -> str:
+    return min(ms_a_step, key=lambda name: ms_a_step[name])
 
 
 def forget(directory: Path) -> None:

@@ -119,17 +119,15 @@ def _core() -> Any:
 
 def _openvino() -> Any:
     """The module, imported without the part that reports to its makers and writes to ~/intel."""
-    before = sys.modules.get(TELEMETRY)
+    before = {TELEMETRY: sys.modules[TELEMETRY]} if TELEMETRY in sys.modules else {}
     sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # to import it is an ImportError
     try:
         import openvino
     except ImportError as error:
         raise RuntimeUnavailableError(f"openvino cannot be imported ({error}); {REMEDY}") from error
     finally:
-        if before is None:
-            del sys.modules[TELEMETRY]
-        else:
-            sys.modules[TELEMETRY] = before
+        del sys.modules[TELEMETRY]
+        sys.modules.update(before)
     return openvino
 
 
