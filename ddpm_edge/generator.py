@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shlex
@@ -79,6 +80,8 @@ class Generator:
         self.variant = variant
         self._network: Network | None = Network(engine, bundle.manifest)
         self._pid = os.getpid()
+        # A plan takes longer to make than a step of the loop to run; the same call makes the same.
+        self._remembered_plan = functools.lru_cache(8, typed=True)(bundle.manifest.make_plan)
 
     @classmethod
     def load(
@@ -179,7 +182,7 @@ class Generator:
         Raises:
             ConfigError: an unknown sampler or option, or a value out of range.
         """
-        return self.bundle.manifest.make_plan(sampler=sampler, steps=steps, **options)
+        return self._plan_from(Known(), sampler, steps, options)
 
     def warmup(self, n: int = 1) -> None:
         """Evaluate the network once for n samples, so that the first image is not slower.
@@ -582,7 +585,11 @@ class Generator:
             self.plan(sampler, steps, **options)  # what cannot work is refused here as well
             return Plan.empty("no steps")
         start = max(1, round(known.strength * self.schedule.T))
-        return self.bundle.manifest.make_plan(start, sampler=sampler, steps=steps, **options)
+        arguments = {"sampler": sampler, "steps": steps} | options
+        try:
+            return self._remembered_plan(start, **arguments)
+        except TypeError:  # a list of timesteps cannot be looked up
+            return self.bundle.manifest.make_plan(start, **arguments)
 
     def _open(self) -> Network:
         if os.getpid() != self._pid:

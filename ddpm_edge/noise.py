@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import secrets
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,10 @@ class Draws:
         self.seed, self.first, self.shape = seed, first, shape
         self.ahead = max(1, BLOCK // max(1, math.prod(shape)))
         self._blocks: dict[Stream, dict[int, Float32]] = {}
-        self._philox = np.random.Philox(key=0)
+
+    @cached_property
+    def _philox(self) -> np.random.Philox:
+        return np.random.Philox(key=0)
 
     def __call__(self, stream: Stream, row: int) -> Float32:
         """The draws for one row of a plan."""

@@ -124,6 +124,10 @@ class Plan:
         for name, value in usual.items():
             if not len(getattr(self, name)):
                 object.__setattr__(self, name, value)
+        for name, array in self._arrays().items():  # frozen: a Generator runs it again
+            own = array.view()
+            own.setflags(write=False)
+            object.__setattr__(self, name, own)
         checks.choice("a plan's form", self.form, FORMS)
         Clip.parse(self.clip)
         if any(len(array) != n for array in self._arrays().values()) or self.b.ndim != 2:
@@ -340,7 +344,7 @@ def run_plan(
             m = spare.pop() if spare else history.pop()
             answer = ask(x, row.t)
             np.isfinite(answer, out=finite)  # before clipping, which would hide an infinity
-            if not np.logical_and.reduce(finite, axis=None):  # finite.all(), sooner
+            if np.count_nonzero(finite) < finite.size:  # not finite.all(), sooner
                 raise NonFiniteError(_not_finite(finite, i + 1, plan))
             np.multiply(answer, row.from_answer, out=m)
             if row.from_x:

@@ -269,6 +269,23 @@ def test_default_plan_and_what_changes_it(toy: Generator) -> None:
 # Life cycle, threads, processes
 
 
+def test_a_plan_is_made_once_and_nobody_changes_it(toy: Generator) -> None:
+    plan = toy.run(1, sampler="ddim", steps=3).plan
+    assert toy.plan("ddim", 3) is plan
+    assert toy.plan("ddim", 4) is not plan
+    for array in (plan.t, plan.a, plan.b, plan.s, plan.stream):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    toy.plan("ddim", 1)
+    for equal in (True, 3.0):  # to what is remembered, but wrong
+        with pytest.raises(ConfigError, match="steps"):
+            toy.plan("ddim", equal)
+    listed = [9, 5, 1]
+    assert toy.plan("ddim", spacing=listed).t.tolist() == listed
+    listed[1] = 4
+    assert toy.plan("ddim", spacing=listed).t.tolist() == [9, 4, 1]
+
+
 def test_closed() -> None:
     engine = ToyEngine()
     with Generator(Bundle.open(), engine, "fp32") as generator:
