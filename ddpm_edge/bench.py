@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm_edge import checks
+from ddpm_edge import checks, processor
 from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import (
@@ -191,7 +191,7 @@ def bench(
         plan=plan_name,
         variant=variant,
         runtime=where,
-        cpus=choice.cpus(),
+        cpus=processor.cpus(),
         runs=runs,
         load_ms=load_ms,
         first_image_ms=first_image_ms,

@@ -14,16 +14,15 @@ import importlib.metadata
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddpm_edge import processor
 from ddpm_edge.files import write_bytes
 
 FILE = "fastest.json"
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
-CPUINFO = "/proc/cpuinfo"  # Linux
 
 log = logging.getLogger("ddpm_edge")
 
@@ -90,22 +89,11 @@ def forget(directory: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """What the measurement depends on: processor, CPUs of this process, versions of runtimes."""
-    return {"processor": _processor(), "cpus": cpus(), "versions": dict(_versions())}
-
-
-def cpus() -> int:
-    """How many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use all of them
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open(CPUINFO, encoding="utf-8") as file:
-        for line in file:
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return {
+        "processor": processor.name(),
+        "cpus": processor.cpus(),
+        "versions": dict(_versions()),
+    }
 
 
 def _versions() -> Iterator[tuple[str, str]]:

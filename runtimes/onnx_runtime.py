@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_edge import processor
 from ddpm_edge.arrays import Array
 from ddpm_edge.errors import (
     ClosedError,
@@ -37,6 +38,7 @@ LOST = (
     "illegal memory access", "unspecified launch failure", "device-side assert",
     "misaligned address", "illegal instruction", "uncorrectable ECC",
 )  # fmt: skip
+VNNI = {"avx512_vnni", "avx_vnni"}  # sums of int8 products in int32
 SLOW_SECONDS = 0.1  # a call that takes longer must itself be interruptible
 
 
@@ -74,8 +76,8 @@ class OnnxRuntimeEngine:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings would go to the app's stderr
-        # int8 on a CPU without VNNI: the right sums, not the quicker ones that overflow.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if not processor.instructions() & VNNI:  # int8: the right sums, not those that overflow
+            options.add_session_config_entry("session.x64quantprecision", "1")
         # Its threads would spin on after a call, and take the app's CPUs or another runtime's.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,12 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.syspath_prepend(str(folder))
 
 
+@pytest.fixture
+def results() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((BENCHMARKS / "compare_peers.json").read_text())
+    return found
+
+
 def test_diffusers_has_the_built_in_model_s_weights(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -27,7 +35,7 @@ def test_diffusers_has_the_built_in_model_s_weights(tmp_path: Path) -> None:
     from ddpm_edge import Bundle
     from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 
-    models.write("built-in", tmp_path)
+    models.pipeline_of("built-in").save_pretrained(tmp_path)
     network = diffusers.UNet2DModel.from_pretrained(tmp_path, subfolder="unet").eval()
     x = np.random.default_rng(0).standard_normal((2, 1, 28, 28)).astype(np.float32)
     with OnnxRuntimeEngine(Bundle.open().model()[1], "cpu") as engine:
@@ -39,28 +47,67 @@ def test_diffusers_has_the_built_in_model_s_weights(tmp_path: Path) -> None:
             assert np.abs(ours - theirs).max() < 1e-4  # the parity gate's
 
 
-def test_ratio_is_the_median_of_the_rounds() -> None:
+def test_ratio_is_of_one_sitting() -> None:
+    pytest.importorskip("scipy")
     from compare_peers import ratio
 
-    rng = np.random.default_rng(1)
-    drift = rng.uniform(1, 2, 41)  # a machine that slows down and recovers, for both alike
-    median, low, high = ratio(3 * drift, drift)
-    assert (median, low, high) == pytest.approx((3, 3, 3))
-    median, low, high = ratio(drift * rng.normal(3, 0.3, 41), drift)
-    assert low < median < high
-    assert low < 3 < high
-    assert high - low < 0.5  # about 2 x 1.96 x 1.25 x 0.3 / sqrt(41) = 0.23
+    drift = np.array([1.0, 2.0, 1.5, 1.2, 1.9])  # a machine that slows down, for both alike
+    assert ratio(3 * drift, drift) == pytest.approx([3, 3, 3])
+    # By hand: logs of mean ln 3 and deviation 0.1; t(0.975, 4) = 2.776.
+    off = np.array([-0.1, 0.1, -0.1, 0.1, 0.0])
+    mean, low, high = ratio(3 * np.exp(off) * drift, drift)
+    assert mean == pytest.approx(3)
+    half = 2.776 * 0.1 / 5**0.5
+    assert (low, high) == pytest.approx((3 * np.exp(-half), 3 * np.exp(half)), rel=1e-3)
 
 
-def test_table_and_picture(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="stops processes, reads /proc")
+def test_a_contender_that_cannot_run_says_why(tmp_path: Path) -> None:
+    from compare_peers import CannotRunError, Contender
+
+    with (
+        Contender("ddpm-edge, ONNX Runtime fp32", tmp_path / "nowhere", 1) as contender,
+        pytest.raises(CannotRunError, match="nowhere"),
+    ):
+        contender.turn(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="stops processes, reads /proc")
+def test_a_contender_samples(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from compare_peers import Contender
+
+    from ddpm_edge.bundle import BUILT_IN
+
+    (tmp_path / "bundle").symlink_to(BUILT_IN)
+    images = tmp_path / "images.npy"
+    with Contender("ddpm-edge, ONNX Runtime fp32", tmp_path, 2) as contender:
+        for _ in range(2):  # stopped between turns
+            found = contender.turn(3, images=images)
+    assert found["seconds"] > 0
+    assert found["peak_memory_mb"] > 10
+    made = np.load(images)
+    assert made.shape == (2, 28, 28, 1)
+    assert made.dtype == np.float32
+
+
+def test_table_and_picture(results: dict[str, Any], tmp_path: Path) -> None:
+    from compare_peers import PARTS
     from report import plot, table
 
-    results = json.loads((BENCHMARKS / "compare_peers.json").read_text())
+    assert set(results) == set(PARTS)
     text = table(results)
-    for model, found in results["models"].items():
-        assert f"**{model}**" in text
-        for row in found["peers"]:
-            assert f"| {row['contender']} | {row['batch']} | {row['ms_a_step']:.2f} |" in text
+    for part, found in results.items():
+        assert f"### {part}" in text
+        assert found["machine"]["date"] in text
     pytest.importorskip("matplotlib")
     plot(results, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+def test_the_readme_has_these_figures(results: dict[str, Any]) -> None:
+    from report import readme, where
+
+    text = (ROOT / "README.md").read_text()
+    assert readme(results) in text
+    assert where(results["built-in"]["machine"]) in " ".join(text.split())

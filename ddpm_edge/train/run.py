@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ddpm_edge import processor
 from ddpm_edge.arrays import UInt8
 from ddpm_edge.errors import ConfigError, RunError, TrainingError
 from ddpm_edge.files import write_bytes
@@ -479,11 +480,4 @@ def hardware(workers: Workers, precision: str) -> str:
     several = f"{workers.count} processes, each " if workers.count > 1 else ""
     if workers.device.type == "cuda":
         return f"{several}{torch.cuda.get_device_name(workers.device)}, {precision}"
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    return f"{several}{torch.get_num_threads()} cores of {model}, {precision}"
+    return f"{several}{torch.get_num_threads()} cores of {processor.name()}, {precision}"

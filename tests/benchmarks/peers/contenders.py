@@ -1,10 +1,11 @@
 """One contender in a process of its own, which `compare_peers.py` asks to sample.
 
-    python contenders.py NAME FOLDER BATCH
+    python contenders.py {step,chain} NAME FOLDER BATCH
 
 FOLDER holds the same weights three times: `checkpoint/` of diffusers, `naive.onnx` and `bundle/`. A
-line on stdin, a number of steps, is answered with the seconds that so many steps of DDIM took. With
-a path behind the number the images are kept there, float32 (B, H, W, C) in 0..1.
+line on stdin, JSON, is answered with the seconds that so many "steps" took; with "warm" after one
+step that is not timed. The "images" are kept in the file of that name, float32 (B, H, W, C) in
+0..1, or null.
 
 Nothing that a contender does not need is imported, so that its start and memory are its own.
 """
@@ -99,6 +100,30 @@ def ours(folder: Path, batch: int, runtime: str, variant: str) -> Run:
     return run
 
 
+def whole_chain(folder: Path, batch: int) -> Run:
+    """diffusers' DDPM, as its users call it."""
+    import torch
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(folder / "checkpoint")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def run(steps: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(SEED)
+        return pipeline(batch, generator, num_inference_steps=steps, output_type="np").images
+
+    return run
+
+
+def default_plan(folder: Path, batch: int) -> Run:
+    """ddpm-edge as its users call it, in ONNX Runtime, float32."""
+    from ddpm_edge import Generator
+
+    generator = Generator.load(folder / "bundle", runtime="onnxruntime", device="cpu")
+    return lambda steps: generator.sample(batch, steps=steps, seed=SEED)
+
+
+# A run of DDIM.
 CONTENDERS: dict[str, Callable[[Path, int], Run]] = {
     "diffusers": diffusers,
     "diffusers, torch.compile": lambda f, b: diffusers(f, b, "compile"),
@@ -111,6 +136,11 @@ CONTENDERS: dict[str, Callable[[Path, int], Run]] = {
     "ddpm-edge, OpenVINO bf16": lambda f, b: ours(f, b, "openvino", "bf16"),
     "ddpm-edge, ONNX Runtime int8": lambda f, b: ours(f, b, "onnxruntime", "int8"),
     "ddpm-edge, OpenVINO int8": lambda f, b: ours(f, b, "openvino", "int8"),
+}
+# What gives images of equal quality, each with the steps that takes.
+CHAINS: dict[str, Callable[[Path, int], Run]] = {
+    "diffusers": whole_chain,
+    "ddpm-edge": default_plan,
 }
 
 
@@ -131,16 +161,18 @@ def peak_memory_mb() -> float:
 
 
 def main() -> None:
-    name, folder, batch = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    kind, name, folder, batch = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     with contextlib.redirect_stdout(sys.stderr):
-        run = CONTENDERS[name](folder, batch)
+        run = {"step": CONTENDERS, "chain": CHAINS}[kind][name](folder, batch)
     for line in sys.stdin:
-        steps, *path = line.split(maxsplit=1)
+        order = json.loads(line)
+        if order["warm"]:
+            run(1)
         start = time.perf_counter()
-        images = run(int(steps))
+        images = run(order["steps"])
         seconds = time.perf_counter() - start
-        if path and images is not None:
-            np.save(path[0].strip(), images)
+        if order["images"] and images is not None:
+            np.save(order["images"], images)
         print(json.dumps({"seconds": seconds, "peak_memory_mb": peak_memory_mb()}), flush=True)
 
 

@@ -30,10 +30,9 @@ def growth() -> dict[str, Any]:
         batch = {n: timed(lambda n=n: generator.sample(n, batch=n, steps=3)) / 3 for n in BATCHES}
         steps = {n: timed(lambda n=n: generator.sample(1, steps=n), once=n > 100) for n in STEPS}
     side = {n: a_step_at(n) for n in SIDES}
+    curves = {"ms a step by batch": batch, "ms by steps": steps, "ms a step by side": side}
     return {
-        "ms_a_step_by_batch": fitted(batch),
-        "ms_by_steps": fitted(steps),
-        "ms_a_step_by_side": fitted(side),
+        "curves": {title: fitted(ms) for title, ms in curves.items()},
         "peak_mb_by_n": {str(n): memory(n) for n in MANY},
     }
 

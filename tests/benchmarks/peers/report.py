@@ -2,153 +2,195 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: the machine, a table a model, fresh processes, growth."""
-    where = results["machine"]
-    no_amx = "" if "amx_bf16" in where["instructions"] else ", no AMX"
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    lines = [
-        f"{where['processor']}, {where['cpus']} CPUs ({', '.join(where['instructions'])}{no_amx}); "
-        f"a dense product reaches {where['peak_fp32_gflop_s']:.0f} GFLOP/s in float32, "
-        f"{where['peak_bf16_gflop_s']:.0f} in bfloat16. {versions}; {where['date']}."
-    ]
-    for model, found in results["models"].items():
-        lines += ["", (
-            f"**{model}**, {found['gflop']:.2f} GFLOP an evaluation; medians of {found['rounds']} "
-            f"interleaved turns of {found['steps']} DDIM steps"
-        ), ""]  # fmt: skip
-        lines += peers(found.get("peers", []), where)
-        if loop := found.get("loop"):
-            shares = ", ".join(f"{name} {percent:.1f} %" for name, percent in loop.items())
-            lines += ["", f"The loop around the network, of a step of batch 1: {shares}"]
-        if found.get("fresh"):
-            lines += ["", "| from process start | first 16 images, 20 steps | peak memory |"]
-            lines += ["|---|---|---|"]
-            for row in found["fresh"]:
-                lines.append(
-                    f"| {row['contender']} | {row['first_images_s']:.2f} s | "
-                    f"{row['peak_memory_mb']:.0f} MB |"
-                )
-    if equal := results.get("equal_quality"):
-        lines += ["", (
-            f"Equal quality, built-in model, one image: {equal['diffusers_1000_steps_s']:.2f} s "
-            f"(diffusers, DDPM, 1000 steps) and {equal['ours_20_steps_s']:.4f} s (20 steps): "
-            f"{equal['times']:.0f} times = {equal['fewer_steps']:.0f} (fewer steps) x "
-            f"{equal['times_a_step']:.2f} (a step)"
-        )]  # fmt: skip
-    for title, values, unit in (
-        ("Import", results.get("imports_s", {}), "s"),
-        ("Fresh environment", results.get("installs_mb", {}), "MB"),
-    ):
-        if values:
-            digits = 2 if unit == "s" else 0
-            parts = [f"{name} {value:.{digits}f} {unit}" for name, value in values.items()]
-            lines += ["", f"{title}: {', '.join(parts)}"]
-    if growth := results.get("growth"):
-        lines += ["", "Growth: " + "; ".join(
-            f"{key.replace('_', ' ')} ^ {value['power']:.2f}" for key, value in growth.items()
-            if "power" in value
-        )]  # fmt: skip
-        peaks = growth["peak_mb_by_n"].items()
-        lines += ["Peak memory less the images: " + ", ".join(
-            f"n = {int(n):,}: {mb:.0f} MB" for n, mb in peaks
-        )]  # fmt: skip
-    return "\n".join(lines)
+Results = dict[str, Any]
 
 
-def peers(rows: list[dict[str, Any]], where: dict[str, Any]) -> list[str]:
-    """A Markdown table of the contenders."""
-    lines = [
-        "| | batch | ms a step | times diffusers (95 %) | images/s, 20 steps | of the peak | "
-        "peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        half = "bf16" in row["contender"]
-        peak = where["peak_bf16_gflop_s" if half else "peak_fp32_gflop_s"]
-        share = "" if "int8" in row["contender"] else f"{100 * row['gflop_s'] / peak:.0f} %"
-        times, low, high = row["times_diffusers"]
-        lines.append(
-            f"| {row['contender']} | {row['batch']} | {row['ms_a_step']:.2f} | "
-            f"{times:.2f} ({low:.2f} to {high:.2f}) | {row['images_s_of_20_steps']:.2f} | "
-            f"{share} | {row['peak_memory_mb']:.0f} MB |"
+def table(results: Results) -> str:
+    """All of it, a section a part, each with the machine that it was measured on."""
+    sections = []
+    for part, found in results.items():
+        lines = models(part, found) if "gflop" in found else OTHERS[part](found)
+        sections.append(f"### {part}\n\n" + "\n".join(lines) + f"\n\n*{where(found['machine'])}*")
+    return "\n\n".join(sections)
+
+
+def where(machine: dict[str, Any]) -> str:
+    """The machine, the versions and the date in one sentence."""
+    no_amx = "" if "amx_bf16" in machine["instructions"] else "; no AMX"
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"{machine['processor']}, {machine['cpus']} CPUs ({', '.join(machine['instructions'])}"
+        f"{no_amx}), whose dense product reaches {machine['peak_fp32_gflop_s']:.0f} GFLOP/s in "
+        f"float32 and {machine['peak_bf16_gflop_s']:.0f} in bfloat16; Python {machine['python']}, "
+        f"{versions}; {machine['date']}"
+    )
+
+
+def models(part: str, found: Results) -> Iterator[str]:
+    """A step of every contender."""
+    machine = found["machine"]
+    yield (
+        f"{found['gflop']:.2f} GFLOP an evaluation of one image; {found['sittings']} sittings of "
+        f"{found['rounds']} turns of {found['steps']} DDIM steps."
+    )
+    yield ""
+    columns = ("", "batch", "ms a step", "times diffusers (95 %)", "images/s of 20 steps",
+               "of the peak", "peak memory")  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for row in found["rows"]:
+        head = f"| {row['contender']} | {row['batch']} | "
+        if "reason" in row:
+            yield f"{head}cannot run: {row['reason']} | | | | |"
+            continue
+        ms, half = row["ms_a_step"], "bf16" in row["contender"]
+        peak = machine["peak_bf16_gflop_s" if half else "peak_fp32_gflop_s"]
+        share = f"{found['gflop'] * row['batch'] / ms * 1e5 / peak:.0f} %"
+        each = row["ms_of_each_sitting"]
+        yield (
+            f"{head}{ms:.2f} ({min(each):.2f} to {max(each):.2f}) | "
+            f"{interval(row['times_diffusers'])} | {row['batch'] / ms * 1e3 / 20:.2f} | "
+            f"{'' if 'int8' in row['contender'] else share} | {row['peak_memory_mb']:.0f} MB |"
         )
-    return lines
+    if part == "cifar10":
+        yield from ("", "Its weights are random; int8 has passed no gate and is only timed.")
+    shares = ", ".join(f"{name} {share:.1f} %" for name, share in found["loop_percent"].items())
+    yield from ("", f"The loop around the network, of a step of batch 1, ONNX Runtime: {shares}.")
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def interval(times: list[float]) -> str:
+    """A ratio with its interval."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*times)
+
+
+def first_images(found: Results) -> Iterator[str]:
+    yield from ("| from process start | first 16 images, 20 steps | peak memory |", "|---|---|---|")
+    for row in found["rows"]:
+        yield f"| {row['contender']} | {row['seconds']:.2f} s | {row['peak_memory_mb']:.0f} MB |"
+
+
+def equal_quality(found: Results) -> Iterator[str]:
+    for name, seconds in found["seconds"].items():
+        yield f"- {name}: {seconds:.3f} s an image, {found['steps'][name]} steps"
+    yield (
+        f"\n{interval(found['times'])} times = {found['times_fewer_steps']:.0f} (fewer steps) x "
+        f"{interval(found['times_a_step'])} (a step)"
+    )
+
+
+def quality(found: Results) -> Iterator[str]:
+    yield from (
+        f"| {found['images']:,} images | Frechet distance | times fp32's |",
+        "|---|---|---|",
+    )
+    for row in found["rows"]:
+        name = f"{row['variant']}, {row['runtime']}"
+        yield f"| {name} | {row['frechet_distance']:.4f} | {row['times_fp32']:.3f} |"
+
+
+def imports(found: Results) -> Iterator[str]:
+    yield ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["seconds"].items())
+
+
+def environments(found: Results) -> Iterator[str]:
+    yield ", ".join(f"{name} {mb:,.0f} MB" for name, mb in found["mb"].items())
+
+
+def growth(found: Results) -> Iterator[str]:
+    for title, curve in found["curves"].items():
+        points = ", ".join(f"{n}: {ms:.1f}" for n, ms in curve["ms"].items())
+        yield f"- {title}: {points}; grows with power {curve['power']:.2f}"
+    peaks = ", ".join(f"{int(n):,}: {mb:.0f} MB" for n, mb in found["peak_mb_by_n"].items())
+    yield f"- peak memory less the images themselves, by the number of images: {peaks}"
+
+
+OTHERS = {
+    "first images": first_images,
+    "equal quality": equal_quality,
+    "quality": quality,
+    "imports": imports,
+    "environments": environments,
+    "growth": growth,
+}
+
+
+def plot(results: Results, path: Path) -> None:
     """Bars of the time of a step, and growth on logarithmic axes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    models, growth = results["models"], results.get("growth", {})
-    curves = [(key, value) for key, value in growth.items() if "power" in value]
+    steps = [(part, found) for part, found in results.items() if "gflop" in found]
+    curves = [*results.get("growth", {}).get("curves", {}).items()]
     figure, axes = plt.subplots(
-        2, max(len(models), len(curves)), figsize=(13, 8), layout="constrained", squeeze=False
-    )
+        1 + bool(curves), max(len(steps), len(curves)), figsize=(13, 4 + 3 * bool(curves)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
     for axis in axes.flat:
         axis.set_visible(False)
-    for axis, (model, found) in zip(axes[0], models.items(), strict=False):
-        rows = [row for row in found["peers"] if row["batch"] == 1][::-1]
+    for axis, (part, found) in zip(axes[0], steps, strict=False):
+        first = found["rows"][0]["batch"]
+        rows = [r for r in found["rows"] if r["batch"] == first and "reason" not in r][::-1]
         names = [row["contender"].replace(" (network alone)", " *") for row in rows]
         ours = [row["contender"].startswith("ddpm-edge") for row in rows]
         bars = axis.barh(
             names, [r["ms_a_step"] for r in rows], color=["C0" if o else "0.7" for o in ours]
         )
         axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-        axis.set(title=f"{model}, batch 1: ms a step", visible=True)
+        axis.set(title=f"{part}, batch {first}: ms a step", visible=True)
         axis.tick_params(labelsize=8)
-    for axis, (key, value) in zip(axes[1], curves, strict=False):
-        sizes = [int(n) for n in value["ms"]]
-        axis.loglog(sizes, list(value["ms"].values()), "o-")
-        axis.set(title=f"{key.replace('_', ' ')}: power {value['power']:.2f}", visible=True)
+    for axis, (title, curve) in zip(axes[-1], curves, strict=False):
+        axis.loglog([int(n) for n in curve["ms"]], list(curve["ms"].values()), "o-")
+        axis.set(title=f"{title}: power {curve['power']:.2f}", visible=True)
         axis.grid(visible=True, which="both", alpha=0.3)
     figure.supxlabel("* the network alone, without a sampling loop", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def readme(results: dict[str, Any]) -> str:
-    """What the README shows: a step of every contender, starting, and equal quality."""
-    models = results["models"]
-    columns = [(name, batch) for name in models for batch in (1, 8)]
+def readme(results: Results) -> str:
+    """What the README shows: a step of every contender, a new process, and equal quality."""
+    columns = [(name, batch) for name in ("built-in", "cifar10") for batch in (1, 8)]
     of = {
         (name, row["batch"], row["contender"]): row
-        for name, found in models.items()
-        for row in found["peers"]
+        for name in ("built-in", "cifar10")
+        for row in results[name]["rows"]
     }
-    head = [f"{name} ({models[name]['gflop']:.2f} GFLOP), batch {batch}" for name, batch in columns]
+    head = [f"{name}, {results[name]['gflop']:.2f} GFLOP, batch {batch}" for name, batch in columns]
     lines = [f"| ms a step (times diffusers) | {' | '.join(head)} |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for contender in dict.fromkeys(contender for _, _, contender in of):
-        cells = [of.get((*column, contender)) for column in columns]
-        lines.append(f"| {contender} | {' | '.join(_cell(row) for row in cells)} |")
-    first = {row["contender"]: row for row in models["built-in"]["fresh"]}
-    theirs, ours = first["diffusers"], first["ddpm-edge, ONNX Runtime fp32"]
-    imports, sizes, equal = (results[k] for k in ("imports_s", "installs_mb", "equal_quality"))
-    seconds = imports["diffusers"], imports["ddpm-edge and ONNX Runtime"]
+        cells = [_cell(of[(*column, contender)]) for column in columns]
+        lines.append(f"| {contender} | {' | '.join(cells)} |")
+    rows = {row["contender"]: row for row in results["first images"]["rows"]}
+    theirs, ours = rows["diffusers"], rows["ddpm-edge, ONNX Runtime fp32"]
+    imported = results["imports"]["seconds"]
+    mb, equal = results["environments"]["mb"], results["equal quality"]
+    seconds, steps = equal["seconds"], equal["steps"]
     lines += [
         "",
-        "| the built-in model, a new process | diffusers | ddpm-edge[cpu] |",
+        "| the built-in model | diffusers | ddpm-edge[cpu] |",
         "|---|---|---|",
-        f"| import | {seconds[0]:.2f} s | {seconds[1]:.2f} s |",
-        f"| start to the first 16 images, 20 steps | {theirs['first_images_s']:.2f} s | "
-        f"{ours['first_images_s']:.2f} s |",
+        f"| an image of equal quality | {seconds['diffusers']:.1f} s, {steps['diffusers']} steps | "
+        f"{seconds['ddpm-edge']:.3f} s, {steps['ddpm-edge']} steps |",
+        f"| a new process to its first 16 images, 20 steps | {theirs['seconds']:.1f} s | "
+        f"{ours['seconds']:.1f} s |",
+        f"| of it the import | {imported['diffusers']:.1f} s | "
+        f"{imported['ddpm-edge and ONNX Runtime']:.1f} s |",
         f"| peak memory | {theirs['peak_memory_mb']:.0f} MB | {ours['peak_memory_mb']:.0f} MB |",
-        f"| a fresh environment | {sizes['diffusers']:.0f} MB | {sizes['ddpm-edge[cpu]']:.0f} MB |",
-        f"| an image of equal quality | {equal['diffusers_1000_steps_s']:.2f} s, 1000 steps | "
-        f"{equal['ours_20_steps_s']:.3f} s, 20 steps |",
+        f"| a fresh environment | {mb['diffusers']:,.0f} MB | {mb['ddpm-edge[cpu]']:.0f} MB |",
         "",
-        f"The last line is {equal['times']:.0f} times: {equal['fewer_steps']:.0f} times fewer "
-        f"steps (below), each {equal['times_a_step']:.1f} times as fast.",
+        f"Equal quality is {equal['times'][0]:.0f} times quicker: {equal['times_fewer_steps']:.0f} "
+        f"times fewer steps (below), each {equal['times_a_step'][0]:.1f} times as fast.",
     ]
     return "\n".join(lines)
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    return f"{row['ms_a_step']:.1f} ({row['times_diffusers'][0]:.1f})" if row else ""
+def _cell(row: Results) -> str:
+    if "reason" in row:
+        return "cannot run"
+    return f"{row['ms_a_step']:.1f} ({row['times_diffusers'][0]:.1f})"
