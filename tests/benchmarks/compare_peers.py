@@ -64,8 +64,8 @@ class Contender:
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         script = [sys.executable, str(HERE / "peers/contenders.py")]
         self._process = subprocess.Popen(
-            [*script, kind, name, str(folder), str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
-            text=True, start_new_session=True,
+            [*script, kind, name, str(folder), str(batch)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self._said, text=True, start_new_session=True,
         )  # fmt: skip
 
     def __enter__(self) -> Contender:
