@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a folder that diffusers saved, instead")
     parser.add_argument("--only", action="append", help="part of a contender's name; needs --json")
     parser.add_argument("--batch", type=int, action="append", help="default: 1 and 8")
-    parser.add_argument("--steps", type=int, default=8, help="of a turn")
+    parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of a sitting")
     parser.add_argument("--sittings", type=int, default=5, help="starts of all processes, >= 2")
     parser.add_argument("--json", type=Path)
