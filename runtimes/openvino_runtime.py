@@ -29,8 +29,9 @@ _LOCK = threading.Lock()
 class OpenVinoEngine:
     """An ONNX model compiled by OpenVINO for the CPU.
 
-    The types in the file decide the precision: OpenVINO's own hint for bfloat16 would also put
-    normalisation, softmax and the embedding of the timestep into it, which no gate has seen.
+    The types in the file decide the precision: a float32 file is computed in float32. A file in
+    bfloat16 gets the hint for it too, on a processor that computes in it: what lies between two
+    tensors of bfloat16 is then evaluated with them, with fewer conversions, hence fewer roundings.
 
     Args:
         model: the bytes of an .onnx file.
@@ -56,7 +57,6 @@ class OpenVinoEngine:
         self._properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,  # or all processes of one thread share the first CPU
         }
         if threads is not None:
@@ -98,7 +98,9 @@ class OpenVinoEngine:
         """A request of the model, compiled."""
         try:
             model = self._core.read_model(self._model)
-            return self._core.compile_model(model, "CPU", self._properties).create_infer_request()
+            hint = {"INFERENCE_PRECISION_HINT": _precision(self._core, model)}
+            compiled = self._core.compile_model(model, "CPU", self._properties | hint)
+            return compiled.create_infer_request()
         except Exception as error:
             text = _words(error)
             if _lacks_memory(error):
@@ -129,6 +131,17 @@ def _openvino() -> Any:
         del sys.modules[TELEMETRY]
         sys.modules.update(before)
     return openvino
+
+
+def _precision(core: Any, model: Any) -> str:
+    """What the model is to be computed in."""
+    types = {
+        output.get_element_type().get_type_name()
+        for op in model.get_ops()
+        for output in op.outputs()
+    }
+    native = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if "bf16" in types and native else "f32"
 
 
 def _run(request: Any, arrays: Mapping[str, Array]) -> None:
