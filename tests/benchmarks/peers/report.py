@@ -144,8 +144,12 @@ def plot(results: Results, path: Path) -> None:
         axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
         axis.set(title=f"{part}, batch {first}: ms a step", visible=True)
         axis.tick_params(labelsize=8)
+        axis.margins(x=0.12)
     for axis, (title, curve) in zip(axes[-1], curves, strict=False):
-        axis.loglog([int(n) for n in curve["ms"]], list(curve["ms"].values()), "o-")
+        sizes = [int(n) for n in curve["ms"]]
+        axis.loglog(sizes, list(curve["ms"].values()), "o-")
+        axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axis.set_xticks([], minor=True)
         axis.set(title=f"{title}: power {curve['power']:.2f}", visible=True)
         axis.grid(visible=True, which="both", alpha=0.3)
     figure.supxlabel("* the network alone, without a sampling loop", fontsize=8)
@@ -171,6 +175,7 @@ def readme(results: Results) -> str:
     imported = results["imports"]["seconds"]
     mb, equal = results["environments"]["mb"], results["equal quality"]
     seconds, steps = equal["seconds"], equal["steps"]
+    quality, loop = results["quality"], results["built-in"]["loop_percent"]
     lines += [
         "",
         "| the built-in model | diffusers | ddpm-edge[cpu] |",
@@ -179,15 +184,25 @@ def readme(results: Results) -> str:
         f"{seconds['ddpm-edge']:.3f} s, {steps['ddpm-edge']} steps |",
         f"| a new process to its first 16 images, 20 steps | {theirs['seconds']:.1f} s | "
         f"{ours['seconds']:.1f} s |",
-        f"| of it the import | {imported['diffusers']:.1f} s | "
+        f"| import | {imported['diffusers']:.1f} s | "
         f"{imported['ddpm-edge and ONNX Runtime']:.1f} s |",
         f"| peak memory | {theirs['peak_memory_mb']:.0f} MB | {ours['peak_memory_mb']:.0f} MB |",
         f"| a fresh environment | {mb['diffusers']:,.0f} MB | {mb['ddpm-edge[cpu]']:.0f} MB |",
         "",
         f"Equal quality is {equal['times'][0]:.0f} times quicker: {equal['times_fewer_steps']:.0f} "
         f"times fewer steps (below), each {equal['times_a_step'][0]:.1f} times as fast.",
+        f"Of a step of batch 1 the loop around the network takes {loop['DDIM']:.1f} % with DDIM, "
+        f"{loop['default']:.1f} % with the default.",
+        f"The Frechet distance of {quality['images']:,} images to the test images is "
+        f"{_times(quality, 'openvino', 'bf16')} (bf16) and "
+        f"{_times(quality, 'onnxruntime', 'int8')} (int8) times that of float32.",
     ]
     return "\n".join(lines)
+
+
+def _times(quality: Results, runtime: str, variant: str) -> str:
+    (row,) = (r for r in quality["rows"] if (r["runtime"], r["variant"]) == (runtime, variant))
+    return f"{row['times_fp32']:.2f}"
 
 
 def _cell(row: Results) -> str:
