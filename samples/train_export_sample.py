@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_edge import Generator, Schedule, save_grid
+from ddpm_edge.data import Dataset
 from ddpm_edge.export import export_run
-from ddpm_edge.train.data import Dataset
 from ddpm_edge.train.run import record
 from ddpm_edge.train.trainer import TrainOptions
 from ddpm_edge.train.unet import UNetConfig

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from ddpm_edge.data import Dataset, select, split
 from ddpm_edge.errors import ConfigError, DataError
-from ddpm_edge.train.data import Dataset, select, split
 
 IMAGES = np.arange(6 * 1 * 2 * 2, dtype=np.uint8).reshape(6, 1, 2, 2)
 LABELS = np.array([0, 1, 2, 0, 1, 2])

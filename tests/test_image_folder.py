@@ -14,9 +14,9 @@ pytest.importorskip("torch")
 
 from PIL import ExifTags, Image, ImageOps
 
+from ddpm_edge.data import load
 from ddpm_edge.errors import DataError
 from ddpm_edge.train import image_folder, reading
-from ddpm_edge.train.data import load
 
 
 def noise(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

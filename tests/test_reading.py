@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 from PIL import Image, ImageOps
 
-from ddpm_edge.train.reading import FITS, LANCZOS, counted, fitted
+from ddpm_edge.data.reading import FITS, LANCZOS, counted, fitted
 
 # Sizes (H, W) of images that are not shrunk by 6 or more in a direction: there LANCZOS is used
 # alone, and the results are Pillow's to the bit.

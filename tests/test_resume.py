@@ -19,11 +19,11 @@ import safetensors.torch
 from click.testing import CliRunner
 
 from ddpm_edge.cli import main
+from ddpm_edge.data import Dataset
 from ddpm_edge.errors import ConfigError, ExportError, RunError, TrainingError
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train import run as runs
 from ddpm_edge.train.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from ddpm_edge.train.data import Dataset
 from ddpm_edge.train.trainer import EMA, Training, TrainOptions, train
 from ddpm_edge.train.unet import UNetConfig
 from ddpm_edge.train.workers import Workers

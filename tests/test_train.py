@@ -12,11 +12,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from ddpm_edge.data import Dataset
 from ddpm_edge.errors import ConfigError, RunError
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.train import run as runs
 from ddpm_edge.train import trainer
-from ddpm_edge.train.data import Dataset
 from ddpm_edge.train.draws import Draws, batches
 from ddpm_edge.train.torch_engine import TorchEngine
 from ddpm_edge.train.trainer import EMA, Algorithm1, Training, TrainOptions, train

@@ -169,7 +169,7 @@ def _stops(first: bool) -> Iterator[list[int]]:
 
 def _new(output: Path, forward: Schedule, o: dict[str, Any]) -> Any:
     """A new run, as it was asked for."""
-    from ddpm_edge.train.data import Source, parse_size
+    from ddpm_edge.data import Source, parse_size
     from ddpm_edge.train.run import record
     from ddpm_edge.train.trainer import TrainOptions
     from ddpm_edge.train.unet import UNetConfig
@@ -220,7 +220,7 @@ def _new(output: Path, forward: Schedule, o: dict[str, Any]) -> Any:
 
 def _resumed(output: Path, given: dict[str, str], o: dict[str, Any]) -> Any:
     """The run in `output`, going on."""
-    from ddpm_edge.train.data import Source
+    from ddpm_edge.data import Source
     from ddpm_edge.train.run import read_config, resume
 
     fixed = [flag for name, flag in given.items() if name not in RESUME_OPTIONS]

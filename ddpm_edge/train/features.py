@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ddpm_edge.arrays import Int64, UInt8
-from ddpm_edge.errors import DataError, DdpmEdgeError
+from ddpm_edge.data import Dataset, load
+from ddpm_edge.errors import DataError, DdpmEdgeError, EngineError
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.files import write_bytes
-from ddpm_edge.train.data import Dataset, load
 from ddpm_edge.train.draws import batches
 from ddpm_edge.train.trainer import to_network
 from ddpm_edge.train.workers import Workers, resolve_device, resolve_precision
@@ -118,6 +118,8 @@ def augmented(images: Tensor) -> Tensor:
 def accuracy(network: FeatureNetwork, images: UInt8, labels: Int64) -> float:
     """Share of images uint8 (N, C, H, W) whose largest logit is that of their label (N,)."""
     logits = network(images.transpose(0, 2, 3, 1)).logits
+    if logits is None:
+        raise EngineError("the network is no classifier: it has no logits")
     return float(np.mean(logits.argmax(axis=1) == labels))
 
 

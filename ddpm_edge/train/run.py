@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ddpm_edge import processor
 from ddpm_edge.arrays import UInt8
+from ddpm_edge.data import Dataset
 from ddpm_edge.errors import ConfigError, RunError, TrainingError
 from ddpm_edge.files import write_bytes
 from ddpm_edge.images import save_grid, to_images
@@ -38,7 +39,6 @@ from ddpm_edge.train.checkpoint import (
     load_state,
     save_checkpoint,
 )
-from ddpm_edge.train.data import Dataset
 from ddpm_edge.train.draws import Draws, number
 from ddpm_edge.train.network import build, check_network, initialise, load_weights
 from ddpm_edge.train.torch_engine import TorchEngine

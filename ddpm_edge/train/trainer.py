@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm_edge.data import Dataset
 from ddpm_edge.errors import ConfigError, TrainingError
 from ddpm_edge.plan import PREDICTIONS
 from ddpm_edge.schedule import Schedule
-from ddpm_edge.train.data import Dataset
 from ddpm_edge.train.draws import Draws, batches, number
 from ddpm_edge.train.network import prediction_of
 from ddpm_edge.train.workers import Workers, resolve_precision

@@ -38,7 +38,7 @@ def generate(a: argparse.Namespace) -> tuple[np.ndarray, np.ndarray | None]:
 
 def real() -> tuple[np.ndarray, np.ndarray]:
     """The 10,000 test images and their labels."""
-    from ddpm_edge.train.data import load
+    from ddpm_edge.data import load
 
     data = load("fashion-mnist", "test")
     return data.images.transpose(0, 2, 3, 1), data.labels

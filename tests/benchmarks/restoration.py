@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from ddpm_edge import Generator, save_grid
+from ddpm_edge.data import load
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.images import to_images
 from ddpm_edge.metrics import Moments, frechet_distance
-from ddpm_edge.train.data import load
 
 HOLE, MARGIN = 10, 4  # pixels
 FACTOR = 2

@@ -87,7 +87,7 @@ def chunk_path(cache: Path, plan: dict, seed: int, first: int) -> Path:
 
 def real_moments(cache: Path) -> Moments:
     """Of the 10,000 test images."""
-    from ddpm_edge.train.data import load
+    from ddpm_edge.data import load
 
     path = cache / "real.npy"
     if not path.exists():

@@ -18,9 +18,9 @@ def quality(folder: Path, images: int = IMAGES) -> dict[str, Any]:
     Of every precision with the same noise; `times_fp32` is its ratio to float32's.
     """
     from ddpm_edge import Generator
+    from ddpm_edge.data import load
     from ddpm_edge.features import FeatureNetwork
     from ddpm_edge.metrics import Moments, frechet_distance
-    from ddpm_edge.train.data import load
 
     labels = [i % 10 for i in range(images)]
     rows: list[dict[str, Any]] = []

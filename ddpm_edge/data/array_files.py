@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from ddpm_edge.arrays import Array, Int64, UInt8
+from ddpm_edge.data.dataset import Dataset
+from ddpm_edge.data.reading import Reading, allocate, counted, fitted, put, refuse_one_class
 from ddpm_edge.errors import DataError
-from ddpm_edge.train.dataset import Dataset
-from ddpm_edge.train.reading import Reading, allocate, counted, fitted, put, refuse_one_class
 
 IDX_PARTS = {"train": "train", "test": "t10k"}  # what the files of each split are called
 IDX_NAME = re.compile(r"(train|t10k)-(images-idx3|labels-idx1)-ubyte(\.gz)?")

@@ -15,9 +15,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ddpm_edge.arrays import Int64, UInt8
-from ddpm_edge.errors import DataError
-from ddpm_edge.train.dataset import Dataset, listed
-from ddpm_edge.train.reading import (
+from ddpm_edge.data.dataset import Dataset, listed
+from ddpm_edge.data.reading import (
     BACKGROUND,
     GAP,
     Reading,
@@ -27,6 +26,7 @@ from ddpm_edge.train.reading import (
     put,
     refuse_one_class,
 )
+from ddpm_edge.errors import DataError
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what Pillow may take a file for
@@ -62,7 +62,7 @@ def read_folder(folder: Path, reading: Reading) -> Dataset:
     then every file is decoded into its place, also after one has failed: the error names them all.
 
     Raises:
-        DataError: see `ddpm_edge.train.data.load`.
+        DataError: see `ddpm_edge.data.load`.
     """
     files = find(folder)
     if not files:

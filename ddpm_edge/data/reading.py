@@ -29,7 +29,7 @@ GAP = 3.0
 
 @dataclass(frozen=True)
 class Reading:
-    """How data are read; the arguments of `ddpm_edge.train.data.load`, checked.
+    """How data are read; the arguments of `ddpm_edge.data.load`, checked.
 
     Attributes:
         size: (H, W) that every image is brought to, or None; see `height_width`.
@@ -79,7 +79,7 @@ def refuse_one_class(name: str, class_names: Iterable[str]) -> None:
 def fitted(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
     """An L or RGB image brought to `size` = (H, W), enlarged where it is smaller.
 
-    See `ddpm_edge.train.data.load` for `fit`. Pixels are not touched where nothing must be scaled.
+    See `ddpm_edge.data.load` for `fit`. Pixels are not touched where nothing must be scaled.
     """
     height, width = size
     if image.size == (width, height):

@@ -1,4 +1,4 @@
-"""Reading training data: uint8 images and, where there are any, labels."""
+"""Reading images, and their labels where there are any: uint8, all in memory; no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpm_edge.data.array_files import holds_idx, read_idx, read_npy, read_npz
+from ddpm_edge.data.dataset import Dataset, select, split, spread
+from ddpm_edge.data.image_folder import read_folder
+from ddpm_edge.data.reading import SPLITS, Progress, Reading, height_width, one_of
 from ddpm_edge.errors import ConfigError, DataError
-from ddpm_edge.train.array_files import holds_idx, read_idx, read_npy, read_npz
-from ddpm_edge.train.dataset import Dataset, select, split
-from ddpm_edge.train.image_folder import read_folder
-from ddpm_edge.train.reading import SPLITS, Progress, Reading, height_width, one_of
 
-__all__ = ["Dataset", "Source", "load", "parse_size", "select", "split"]
+__all__ = [
+    "Dataset",
+    "Source",
+    "has_test_images",
+    "load",
+    "parse_size",
+    "select",
+    "split",
+    "spread",
+]
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_PATH = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
@@ -104,6 +113,12 @@ def _load(source: str | Path, split: str, reading: Reading) -> Dataset:
     if split != "train":
         raise DataError(f"{source} has no test images; give a folder of IDX files")
     return read(path, reading)
+
+
+def has_test_images(source: str | Path) -> bool:
+    """Whether `load` knows test images of it."""
+    path = Path(source)
+    return str(source) == FASHION_MNIST or (path.is_dir() and holds_idx(path))
 
 
 @dataclass(frozen=True)
