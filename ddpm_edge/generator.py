@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_edge import checks
-from ddpm_edge.arrays import Array, Float32
+from ddpm_edge.arrays import Array, Float32, Float64, Int64
 from ddpm_edge.bundle import BUILT_IN, REFERENCE, Bundle
 from ddpm_edge.errors import (
     BundleError,
@@ -26,9 +26,19 @@ from ddpm_edge.errors import (
 )
 from ddpm_edge.images import from_images, to_images
 from ddpm_edge.latents import slerp
+from ddpm_edge.likelihood import Bound, levels, variational_bound
 from ddpm_edge.plan import Plan
 from ddpm_edge.reference import Comparison, Reference
-from ddpm_edge.request import Callback, Label, Made, Request, Step, check_dtype, is_many
+from ddpm_edge.request import (
+    Callback,
+    Label,
+    Made,
+    Request,
+    Step,
+    check_dtype,
+    is_many,
+    label_numbers,
+)
 from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
 from ddpm_edge.runtimes import Engine, open_engine
 from ddpm_edge.samplers import inversion
@@ -525,6 +535,65 @@ class Generator:
         if len(images) == n:
             images[-1] = last
         return images
+
+    # How likely images are
+
+    def bound(
+        self,
+        images: Any,
+        timesteps: int | None = None,
+        seed: int | None = None,
+        *,
+        label: Label | Sequence[Label] = None,
+        first: int = 0,
+        batch: int | None = None,
+        progress: Callable[[float], object] | None = None,
+    ) -> Bound:
+        """The variational bound on -ln p of images, in its parts (see `ddpm_edge.likelihood`).
+
+        p is this model with Algorithm 2 in all T steps, clipped as the default plan is.
+
+        Args:
+            images: one or many, of 256 levels: uint8 (or float32 in [-1, 1]), (H, W, C).
+            timesteps: how many of the T to evaluate for each image, 3..T; None = all, exactly.
+            seed: see `run`. Image i depends on (seed, first + i) alone.
+            label: see `run`; what the images are said to show.
+            first: index of the first image.
+            batch: evaluations at once; None = what `run` takes.
+            progress: called with the share that is done, 0..1.
+
+        Raises:
+            ConfigError: an argument that cannot work.
+            NonFiniteError: the network answered with NaN or infinity.
+            RuntimeUnavailableError: SciPy is missing.
+        """
+        x0 = levels(from_images(images, self.sample_shape))
+        manifest, network = self.bundle.manifest, self._open()
+        labels = label_numbers(manifest, label, len(x0))
+        batch = network.batch(False) if batch is None else checks.whole("batch", batch)
+
+        def ask(x: Float32, t: Int64, image: Int64) -> Array:
+            return network(x, t, None if labels is None else labels[image])
+
+        with enough_memory(batch):
+            return variational_bound(
+                ask, self.schedule, x0, prediction=manifest.prediction, variance=manifest.variance,
+                clip=self.plan("ddpm").clip, timesteps=timesteps, seed=seed,
+                first=checks.whole("first", first, least=0, most=checks.MOST - len(x0)),
+                batch=batch, progress=progress,
+            )  # fmt: skip
+
+    def log_likelihood(
+        self, images: Any, timesteps: int | None = None, seed: int | None = None, **arguments: Any
+    ) -> Float64:
+        """The evidence lower bound on ln p of each image, nats; float64 (n,). See `bound`."""
+        return -self.bound(images, timesteps, seed, **arguments).nats
+
+    def bits_per_dim(
+        self, images: Any, timesteps: int | None = None, seed: int | None = None, **arguments: Any
+    ) -> Float64:
+        """The upper bound on -log2 p of each image, over its values; float64 (n,). See `bound`."""
+        return self.bound(images, timesteps, seed, **arguments).bits_per_dim
 
     # How it is done
 

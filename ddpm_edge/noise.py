@@ -36,6 +36,7 @@ class Stream(IntEnum):
     STEP = 1
     TRAVEL = 2
     LANGEVIN = 3
+    LIKELIHOOD = 4
 
 
 def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int) -> Float32:
@@ -50,6 +51,11 @@ def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int
     """
     draws: Float32 = Draws(seed, sample, (1, count)).rows(stream, range(row, row + 1))[0, 0]
     return draws
+
+
+def words(seed: int, stream: Stream, sample: int, row: int, count: int) -> UInt64:
+    """`count` uniform words of 64 bits; arguments as of `standard_normal`."""
+    return Draws(seed, sample, (1, count))._words(stream, sample, row, count)[:count]
 
 
 class Draws:

@@ -154,7 +154,7 @@ class Request:
                 raise ConfigError(
                     f"got {count} images or states in {name} for n = {n}; give one, or n"
                 )
-        labels = _label_numbers(manifest, label, n)
+        labels = label_numbers(manifest, label, n)
         request = cls(
             n=n,
             labels=labels,
@@ -275,7 +275,7 @@ def check_dtype(dtype: Any) -> None:
         raise ConfigError(f"dtype must be 'uint8' or 'float32'; got {checks.shown(dtype)}")
 
 
-def _label_numbers(manifest: Manifest, label: Any, n: int) -> Labels:
+def label_numbers(manifest: Manifest, label: Any, n: int) -> Labels:
     """int64 (n,) for the network, or None where it takes no label."""
     if not manifest.class_names:
         if label is not None:

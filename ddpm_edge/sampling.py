@@ -72,12 +72,14 @@ class Network:
         with self._one_at_a_time:
             self.engine.close()
 
-    def __call__(self, x: Array, t: int, labels: Labels, scale: Float32 | None = None) -> Array:
+    def __call__(
+        self, x: Array, t: int | Int64, labels: Labels, scale: Float32 | None = None
+    ) -> Array:
         """The answer (B, C, H, W), float32.
 
         Args:
             x: float32 (B, C, H, W).
-            t: timestep in 1..T, the same for all.
+            t: timesteps in 1..T, one for all or int64 (B,), which guidance does not take.
             labels: int64 (B,), or None where the model takes no label (or for no label).
             scale: of guidance, float32 (B,); None = labels as they are. Samples of scale 1 and
                 those without a label are not asked about twice.
@@ -110,9 +112,11 @@ class Network:
             return None
         return np.full(count, self.manifest.label_number(None), np.int64)
 
-    def _evaluate(self, x: Array, t: int, labels: Labels) -> Array:
+    def _evaluate(self, x: Array, t: int | Int64, labels: Labels) -> Array:
         number = t + self.manifest.timestep_offset
-        arrays = {"x": x, "t": np.array([number] * len(x), np.int64)}  # sooner than np.full
+        if isinstance(number, int):
+            number = np.array([number] * len(x), np.int64)  # sooner than np.full
+        arrays = {"x": x, "t": number}
         if labels is not None:
             arrays["label"] = labels
         with self._one_at_a_time:

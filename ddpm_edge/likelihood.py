@@ -1,0 +1,342 @@
+"""How likely a model finds images: the variational bound on -ln p(x_0) (Ho et al. 2020, Eq 5).
+
+    L = L_T + sum over t = 2..T of L_{t-1} + L_0                         nats an image
+
+    L_T      KL(q(x_T | x_0) || N(0, I))
+    L_{t-1}  KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), Gaussians with means mu~ and mu and
+             variances beta~ and sigma^2 (Eq 8, with its constant); mu is mu~ of the predicted x_0
+    L_0      -ln P(x_0 | x_1), a Gaussian's mass over the pixel's bin (Eq 13)
+
+Each L_{t-1} is an expectation over x_t, of which one draw is taken. p is Algorithm 2: sigma^2 is
+beta or beta-tilde, x_0 clipped or not. At t = 1 beta-tilde is 0, and beta-tilde_2 is taken, which
+Ho et al.'s code does for "beta" as well; here "beta" is beta_1 there, as Eq 13 has it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ddpm_edge import checks, noise
+from ddpm_edge.arrays import Array, Float32, Float64, Int64
+from ddpm_edge.errors import ConfigError, NonFiniteError, RuntimeUnavailableError
+from ddpm_edge.plan import Clip, prediction_to_form
+from ddpm_edge.schedule import Schedule, transition
+
+HALF_BIN = 1.0 / 255.0  # of a grey level in [-1, 1]
+OFF_LEVEL = 0.01  # of a grey level: what float32 makes of one is far nearer
+LEAST_TIMESTEPS = 3  # t = 1, and two of the others, whose difference tells the standard error
+TYPICAL_VARIANCE = 0.25  # of images in [-1, 1]; how timesteps are chosen depends on it, no result
+
+Ask = Callable[[Float32, Int64, Int64], Array]  # x_t (B, C, H, W), t (B,), index of the image (B,)
+Progress = Callable[[float], object]  # the share that is done, 0..1
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The bound of n images and what it is made of; all in nats an image, float64.
+
+    Attributes:
+        prior: L_T; (n,).
+        diffusion: the sum of all L_{t-1}; (n,).
+        reconstruction: L_0; (n,).
+        standard_error: of the diffusion, by the choice of timesteps; (n,), 0 where all were taken.
+        dimensions: values of an image.
+        terms: L_{t-1} for t = 2..T; (n, T - 1), NaN where it was not evaluated.
+        x0_mse: mean square of x_0 less its prediction at t = 1..T, in units where images are
+            in [-1, 1]; (n, T), NaN as well.
+        seed: of the draws.
+    """
+
+    prior: Float64
+    diffusion: Float64
+    reconstruction: Float64
+    standard_error: Float64
+    dimensions: int
+    terms: Float64
+    x0_mse: Float64
+    seed: int
+
+    @property
+    def nats(self) -> Float64:
+        """The bound, L; (n,)."""
+        return self.prior + self.diffusion + self.reconstruction
+
+    @property
+    def bits_per_dim(self) -> Float64:
+        """L / (D ln 2); (n,)."""
+        return self.nats / (self.dimensions * math.log(2.0))
+
+    def mean(self) -> tuple[float, float]:
+        """Bits/dim of all images, and its standard error: by the choice of images and timesteps.
+
+        The spread of the images holds that of the timesteps, which are chosen anew for each.
+        """
+        bits = self.bits_per_dim
+        n = len(bits)
+        if n == 1:
+            return float(bits[0]), float(self.standard_error[0] / self.dimensions / math.log(2.0))
+        return float(bits.mean()), float(bits.std(ddof=1) / math.sqrt(n))
+
+    def rate_distortion(self) -> tuple[Float64, Float64]:
+        """Progressive coding (Ho et al., section 4.3), from t = T to 1; float64 (T,) each.
+
+        What has been sent before x_0 is predicted at t, bits/dim, and how far off the prediction
+        is: root of the mean square, in grey levels of 0..255.
+
+        Raises:
+            ConfigError: not all timesteps were evaluated.
+        """
+        if np.isnan(self.x0_mse).any():
+            raise ConfigError("rate and distortion need all timesteps; give timesteps=None")
+        sent = np.concatenate([self.prior[:, None], self.terms[:, ::-1]], axis=1)
+        rate = np.cumsum(sent.mean(axis=0)) / (self.dimensions * math.log(2.0))
+        distortion: Float64 = 127.5 * np.sqrt(self.x0_mse.mean(axis=0)[::-1])
+        return rate, distortion
+
+
+def variational_bound(
+    ask: Ask,
+    schedule: Schedule,
+    x0: Float64,
+    *,
+    prediction: str = "eps",
+    variance: str = "beta",
+    clip: float | str | None = 1.0,
+    timesteps: int | None = None,
+    seed: int | None = None,
+    first: int = 0,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> Bound:
+    """The bound of images under a model.
+
+    Args:
+        ask: the network.
+        schedule: the forward process.
+        x0: the images as states, float64 (n, C, H, W) in [-1, 1] (see `levels`).
+        prediction: what the network answers, one of `plan.PREDICTIONS`.
+        variance: sigma^2 of Algorithm 2, "beta" or "beta-tilde".
+        clip: how the predicted x0 is clipped, see `Clip.parse`.
+        timesteps: how many of the T are evaluated for each image, 3..T, t = 1 always among them;
+            None = all. The others are estimated without bias from strata of equal weight, two
+            draws in each, chosen for every image anew.
+        seed: of all draws; image i depends on (seed, first + i) alone. None draws a fresh one.
+        first: index of the first image.
+        batch: evaluations at once.
+        progress: called after each of them.
+
+    Raises:
+        ConfigError: an argument that cannot work.
+        NonFiniteError: the network answered with NaN or infinity.
+        RuntimeUnavailableError: SciPy is missing.
+    """
+    seed = noise.check_seed(seed)
+    T, n = schedule.T, len(x0)
+    least = min(LEAST_TIMESTEPS, T)
+    wanted = T if timesteps is None else checks.whole("timesteps", timesteps, most=T)
+    if wanted < least:
+        raise ConfigError(
+            f"timesteps must be {least}..{T}, or None for all, exactly; got {timesteps}"
+        )
+    sigma2 = model_variance(schedule, variance)
+    strata = stratify(_typical_terms(schedule, sigma2), wanted - 1)
+    chosen = [_chosen(strata, seed, first + i) for i in range(n)]
+    images = np.repeat(np.arange(n), [1 + len(ts) for ts in chosen])
+    t_of = np.concatenate([np.array([1, *ts], np.int64) for ts in chosen])
+
+    to_x, to_answer = prediction_to_form(prediction, "x0", schedule.signal[1:], schedule.noise[1:])
+    terms, x0_mse = np.full((n, T - 1), np.nan), np.full((n, T), np.nan)
+    reconstruction = np.empty(n)
+    bounds = None if clip is None else Clip.parse(clip)
+    draws = [noise.Draws(seed, first + i, x0[:1].shape) for i in range(n)]
+    for begin in range(0, len(t_of), batch):
+        i, t = images[begin : begin + batch], t_of[begin : begin + batch]
+        eps = np.concatenate([draws[a].rows(noise.Stream.LIKELIHOOD, range(b, b + 1))[0]
+                              for a, b in zip(i.tolist(), t.tolist(), strict=True)])  # fmt: skip
+        x_t = schedule.q_sample(x0[i], t, eps)
+        answer = ask(x_t.astype(np.float32), t, i)
+        if not np.isfinite(answer).all():
+            raise NonFiniteError(
+                f"the network's answer has NaN or infinity at t in {t.min()}..{t.max()}; use "
+                "another variant, such as fp32, or verify the bundle"
+            )
+        predicted = _column(to_x[t - 1]) * x_t + _column(to_answer[t - 1]) * answer  # float64
+        if bounds is not None:
+            bounds(predicted)
+        error = np.mean((x0[i] - predicted) ** 2, axis=(1, 2, 3))
+        x0_mse[i, t - 1] = error
+        last = t == 1
+        later = ~last
+        term = _term(schedule, sigma2, t[later], error[later])
+        terms[i[later], t[later] - 2] = x0[0].size * term
+        reconstruction[i[last]] = -log_mass(x0[i[last]], predicted[last], sigma2[1]).sum((1, 2, 3))
+        if progress is not None:
+            progress(min(1.0, (begin + batch) / len(t_of)))
+    diffusion, standard_error = _total(terms, strata)
+    return Bound(
+        prior=_prior(schedule, x0),
+        diffusion=diffusion,
+        reconstruction=reconstruction,
+        standard_error=standard_error,
+        dimensions=x0[0].size,
+        terms=terms,
+        x0_mse=x0_mse,
+        seed=seed,
+    )
+
+
+def model_variance(schedule: Schedule, variance: str) -> Float64:
+    """sigma^2 of Algorithm 2 at t = 0..T, 0 at t = 0; float64 (T + 1,).
+
+    Raises:
+        ConfigError: another name than "beta" and "beta-tilde".
+    """
+    checks.choice("variance", variance, ("beta", "beta-tilde"))
+    sigma2 = np.append(0.0, _step(schedule, np.arange(1, schedule.T + 1))[1])
+    if variance == "beta-tilde" and schedule.T > 1:
+        sigma2[2:] = schedule.posterior_variance(np.arange(2, schedule.T + 1))
+        sigma2[1] = sigma2[2]
+    if not (sigma2[1:] > 0).all():
+        t = int(np.argmin(sigma2[1:])) + 1
+        raise ConfigError(f"no noise is added at t = {t}, so that no image but one is possible")
+    return sigma2
+
+
+def gaussian_kl(
+    mean_difference2: Array, variance_q: Array | float, variance_p: Array | float
+) -> Float64:
+    """KL(N(m, variance_q) || N(m + d, variance_p)) from d^2, in nats."""
+    ratio = np.divide(variance_q, variance_p)
+    kl: Float64 = 0.5 * (mean_difference2 / variance_p + ratio - 1.0 - np.log(ratio))
+    return kl
+
+
+def log_mass(x: Array, mean: Array, variance: float) -> Float64:
+    """Log of N(mean, variance)'s mass over the bin of a grey level x in [-1, 1] (Eq 13).
+
+    The bins of the darkest and the lightest level are open. In the tails as well: ln Phi itself is
+    computed, not Phi, and the difference is taken on the side where it is small.
+    """
+    special = scipy_special()
+    deviation = math.sqrt(variance)
+    low = np.where(x < -1.0 + HALF_BIN, -np.inf, (x - HALF_BIN - mean) / deviation)
+    high = np.where(x > 1.0 - HALF_BIN, np.inf, (x + HALF_BIN - mean) / deviation)
+    right = low > -high  # more of the bin is right of the mean: look at it from the other side
+    low, high = np.where(right, -high, low), np.where(right, -low, high)
+    log_high = special.log_ndtr(high)
+    mass: Float64 = log_high + np.log(-np.expm1(special.log_ndtr(low) - log_high))
+    return mass
+
+
+def stratify(weights: Float64, evaluations: int) -> list[range]:
+    """Strata of the timesteps 2..T, each of about the same weight.
+
+    Args:
+        weights: of t = 2..T, >= 0; float64 (T - 1,).
+        evaluations: how many there may be, >= 2 unless they are enough for all: two in each stratum
+            of two or more timesteps, one in the others.
+    """
+    n = len(weights)
+    if evaluations >= n:
+        return [range(t, t + 1) for t in range(2, n + 2)]
+    share = np.cumsum(weights) / np.sum(weights)
+    for count in range(evaluations, 0, -1):
+        k = np.arange(1, count)
+        ends = np.searchsorted(share, k / count) + 1
+        ends = np.maximum.accumulate(ends - k) + k  # none is empty
+        ends = np.minimum(ends, n - count + k)
+        edges = [2, *(2 + ends).tolist(), n + 2]
+        strata = [range(a, b) for a, b in itertools.pairwise(edges)]
+        if sum(min(2, len(stratum)) for stratum in strata) <= evaluations:
+            return strata
+    raise AssertionError("one stratum takes two evaluations")
+
+
+def _typical_terms(schedule: Schedule, sigma2: Float64) -> Float64:
+    """About what L_{t-1} is a dimension, t = 2..T: of Gaussian data with the exact prediction."""
+    t = np.arange(2, schedule.T + 1)
+    signal2, noise2 = schedule.signal[t] ** 2, schedule.noise[t] ** 2
+    error = TYPICAL_VARIANCE * noise2 / (noise2 + signal2 * TYPICAL_VARIANCE)
+    return _term(schedule, sigma2, t, error)
+
+
+def _term(schedule: Schedule, sigma2: Float64, t: Int64, x0_mse: Array) -> Float64:
+    """L_{t-1} a dimension, of the mean square error of x_0 predicted at t >= 2 (Eq 8)."""
+    to_x0 = schedule.signal[t - 1] * _step(schedule, t)[1] / schedule.noise[t] ** 2  # Eq 7
+    return gaussian_kl(to_x0**2 * x0_mse, schedule.posterior_variance(t), sigma2[t])
+
+
+def _step(schedule: Schedule, t: Int64) -> tuple[Float64, Float64]:
+    """Factor and variance from t - 1 to t."""
+    s = t - 1
+    return transition(schedule.signal[t], schedule.noise[t], schedule.signal[s], schedule.noise[s])
+
+
+def _prior(schedule: Schedule, x0: Float64) -> Float64:
+    """L_T of images (n, ...); float64 (n,)."""
+    signal2, noise2 = float(schedule.signal[-1] ** 2), float(schedule.noise[-1] ** 2)
+    squares = np.square(x0).reshape(len(x0), -1)
+    prior: Float64 = gaussian_kl(signal2 * squares, noise2, 1.0).sum(axis=1)
+    return prior
+
+
+def _chosen(strata: list[range], seed: int, image: int) -> list[int]:
+    """The timesteps at which an image is looked at: all of a stratum, or two of it."""
+    words = noise.words(seed, noise.Stream.LIKELIHOOD, image, 0, 2 * len(strata)).tolist()
+    chosen = []
+    for stratum, a, b in zip(strata, words[::2], words[1::2], strict=True):
+        n = len(stratum)
+        one = a % n
+        other = (one + 1 + b % (n - 1)) % n if n > 1 else one
+        chosen += [stratum[i] for i in sorted({one, other})]
+    return chosen
+
+
+def _total(terms: Float64, strata: list[range]) -> tuple[Float64, Float64]:
+    """The sum of all L_{t-1} from the evaluated ones, and its standard error; (n,) each."""
+    total, variance = np.zeros(len(terms)), np.zeros(len(terms))
+    for stratum in strata:
+        part, n = terms[:, stratum.start - 2 : stratum.stop - 2], len(stratum)
+        total += n * np.nanmean(part, axis=1)
+        # Two of n, without putting one back: n^2 (1 - 2 / n) (a - b)^2 / 4
+        spread = np.nanmax(part, axis=1) - np.nanmin(part, axis=1)
+        variance += n * max(n - 2, 0) * (spread / 2.0) ** 2
+    return total, np.sqrt(variance)
+
+
+def levels(x0: Float32) -> Float64:
+    """States in [-1, 1] of 256 grey levels, exactly.
+
+    Raises:
+        ConfigError: they are of no such levels.
+    """
+    level = (x0.astype(np.float64) + 1.0) * 127.5
+    near: Float64 = np.rint(level)
+    off = np.abs(level - near).max(initial=0.0)
+    if off > OFF_LEVEL:
+        raise ConfigError(
+            f"likelihood is that of images of 256 levels; some values are {off:.2f} of a level off "
+            "them: give uint8"
+        )
+    return near / 127.5 - 1.0
+
+
+def _column(values: Float64) -> Float64:
+    return values.reshape(-1, 1, 1, 1)
+
+
+def scipy_special() -> Any:
+    """SciPy's special functions."""
+    try:
+        from scipy import special
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"likelihood needs SciPy ({error}); pip install 'ddpm-edge[evaluate]'"
+        ) from error
+    return special
