@@ -135,8 +135,12 @@ def read_image(path: str | Path, channels: int = 3) -> UInt8:
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def save_image(image: Array, path: str | Path) -> None:
-    """Write one uint8 image (H, W, C) or (H, W), C = 1 or 3, as PNG; atomic."""
+def to_png(image: Array) -> bytes:
+    """One uint8 image (H, W, C) or (H, W), C = 1 or 3, as the bytes of a PNG.
+
+    Raises:
+        ConfigError: another dtype or shape.
+    """
     from PIL import Image
 
     image = np.asarray(image)
@@ -150,7 +154,12 @@ def save_image(image: Array, path: str | Path) -> None:
         )
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_image(image: Array, path: str | Path) -> None:
+    """Write one image as PNG (see `to_png`); atomic."""
+    write_bytes(path, to_png(image))
 
 
 def grid(images: Array, columns: int | None = None, scale: int = 1, gap: int = 2) -> Array:

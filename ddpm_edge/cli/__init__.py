@@ -13,6 +13,7 @@ from ddpm_edge.cli.bench import bench
 from ddpm_edge.cli.build import build
 from ddpm_edge.cli.cache import cache
 from ddpm_edge.cli.doctor import doctor
+from ddpm_edge.cli.evaluate import evaluate
 from ddpm_edge.cli.export import export
 from ddpm_edge.cli.info import info
 from ddpm_edge.cli.restore import inpaint, upscale, vary
@@ -49,6 +50,7 @@ def main(verbose: bool) -> None:
 
 
 for command in (
-    train, export, sample, inpaint, upscale, vary, info, verify, bench, build, cache, doctor,
+    train, export, sample, inpaint, upscale, vary, info, verify, evaluate, bench, build, cache,
+    doctor,
 ):  # fmt: skip
     main.add_command(command)
