@@ -24,7 +24,7 @@ from ddpm_edge.errors import ConfigError
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.generator import Generator
 from ddpm_edge.images import to_images
-from ddpm_edge.likelihood import scipy_special
+from ddpm_edge.likelihood import Bound, scipy_special
 from ddpm_edge.metrics import (
     BLOCKS,
     Difference,
@@ -165,24 +165,14 @@ def evaluate(
 
     say: Progress = progress or _silent
     samples = _samples(generator, labels, n, seed, guidance, plan, say)
-    done = SHARES["samples"]
     found: dict[str, dict[str, Estimate]] = {"figures": {}, "floor": {}, "ceiling": {}}
     x0_mse = np.empty(0)
     if wanted:
-        share = SHARES["likelihood"] / (1 + len(others))
-        for kind, data in {"figures": real, **others}.items():
-            begun = done
-
-            def said(fraction: float, begun: float = begun) -> None:
-                say(begun + share * fraction, f"likelihood of {wanted} images")
-
-            bound = generator.bound(
-                _pictures(data)[:wanted], timesteps, seed,
-                label=_labels_of(data, generator, wanted), progress=said,
-            )  # fmt: skip
+        asked = {"figures": real, **others}
+        bounds = _bounds(generator, asked, wanted, timesteps, seed, say)
+        for kind, bound in bounds.items():
             found[kind]["bits/dim"] = jackknife(np.mean, bound.bits_per_dim)
-            x0_mse = x0_mse if len(x0_mse) else _mean(bound.x0_mse)
-            done += share
+        x0_mse = _mean(bounds["figures"].x0_mse)
     say(1.0 - SHARES["figures"], "figures")
     if judge is not None:
         found["figures"] |= judge.figures(samples, labels)
@@ -315,6 +305,30 @@ def _samples(
         )
         say(SHARES["samples"] * part.stop / n, f"{part.stop} of {n} samples")
     return np.concatenate(parts)
+
+
+def _bounds(
+    generator: Generator,
+    kinds: Mapping[str, Dataset],
+    n: int,
+    timesteps: int | None,
+    seed: int,
+    say: Progress,
+) -> dict[str, Bound]:
+    """The bounds of the first n images of each kind."""
+    bounds: dict[str, Bound] = {}
+    for kind, data in kinds.items():
+        done = len(bounds)
+
+        def said(fraction: float, done: int = done) -> None:
+            part = SHARES["likelihood"] * (done + fraction) / len(kinds)
+            say(SHARES["samples"] + part, f"likelihood of {n} images")
+
+        label = _labels_of(data, generator, n)
+        bounds[kind] = generator.bound(
+            _pictures(data)[:n], timesteps, seed, label=label, progress=said
+        )
+    return bounds
 
 
 def _some(data: Dataset, generator: Generator, name: str, n: int, in_turn: bool = False) -> Dataset:
