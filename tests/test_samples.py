@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_edge import Generator
+
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
@@ -50,6 +52,20 @@ def test_repair_camera_frame(tmp_path: Path) -> None:
     assert frame.shape == (480, 640, 3)
     assert (frame.max(axis=2) == frame.min(axis=2)).all()  # nothing is left of the magenta
     assert (frame[212:221, 309:318] > 60).mean() > 0.5  # leather, no hole
+
+
+def test_anomaly(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("scipy")
+    with Generator.load() as generator:
+        garments = generator.sample(24, label=[i % 10 for i in range(24)], seed=0)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1)).astype(np.uint8)
+    np.save(tmp_path / "known.npy", garments[:20])
+    np.save(tmp_path / "new.npy", np.concatenate([garments[20:], noise]))
+    lines = run("anomaly.py", "known.npy", "new.npy", cwd=tmp_path).splitlines()
+    assert len(lines) == 8
+    assert all(line.endswith(", foreign") for line in lines[4:7])
+    assert sum(line.endswith(", foreign") for line in lines[:4]) <= 2
 
 
 def test_bounded_latency(tmp_path: Path) -> None:
