@@ -24,7 +24,7 @@ from ddpm_edge.errors import ConfigError
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.generator import Generator
 from ddpm_edge.images import to_images
-from ddpm_edge.likelihood import Bound, scipy_special
+from ddpm_edge.likelihood import Bound, check_timesteps, scipy_special
 from ddpm_edge.metrics import (
     BLOCKS,
     Difference,
@@ -131,8 +131,9 @@ def evaluate(
         raise ConfigError(
             f"likelihood_images must be 0, or {BLOCKS} or more; got {likelihood_images}"
         )
-    if wanted:
+    if wanted:  # what cannot work is refused before anything is sampled
         scipy_special()
+        check_timesteps(timesteps, manifest.schedule.T)
     real = _some(test, generator, "test", n)
     known = None if train is None else _some(train, generator, "training", n, in_turn=True)
     settings = {
@@ -156,7 +157,7 @@ def evaluate(
         check_comparable(beside["settings"], settings)
     labels = np.arange(n) % len(manifest.class_names) if manifest.class_names else None
     if wanted:
-        _labels_of(real, generator)  # what cannot work is refused before anything is sampled
+        _labels_of(real, generator)
     rest = spread(test, len(test.images))  # the first n of which are `real`
     judge = None if features is None else _Judge(features, _pictures(rest), n)
     noised = Dataset("noised", _noised(real.images, seed), real.labels, real.class_names)

@@ -138,12 +138,7 @@ def variational_bound(
     """
     seed = noise.check_seed(seed)
     T, n = schedule.T, len(x0)
-    least = min(LEAST_TIMESTEPS, T)
-    wanted = T if timesteps is None else checks.whole("timesteps", timesteps, most=T)
-    if wanted < least:
-        raise ConfigError(
-            f"timesteps must be {least}..{T}, or None for all, exactly; got {timesteps}"
-        )
+    wanted = check_timesteps(timesteps, T)
     sigma2 = model_variance(schedule, variance)
     strata = stratify(_typical_terms(schedule, sigma2), wanted - 1)
     chosen = [_chosen(strata, seed, first + i) for i in range(n)]
@@ -189,6 +184,21 @@ def variational_bound(
         x0_mse=x0_mse,
         seed=seed,
     )
+
+
+def check_timesteps(timesteps: int | None, T: int) -> int:
+    """How many of the T timesteps are to be evaluated; None = all.
+
+    Raises:
+        ConfigError: too few to know the standard error, or more than there are.
+    """
+    least = min(LEAST_TIMESTEPS, T)
+    wanted = T if timesteps is None else checks.whole("timesteps", timesteps, most=T)
+    if wanted < least:
+        raise ConfigError(
+            f"timesteps must be {least}..{T}, or None for all, exactly; got {timesteps}"
+        )
+    return wanted
 
 
 def model_variance(schedule: Schedule, variance: str) -> Float64:

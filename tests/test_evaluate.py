@@ -115,6 +115,7 @@ def test_no_report(text: str) -> None:
 def test_bad_arguments(toy: Generator, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         evaluate(toy, data(), **{"likelihood_images": 10} | arguments)
+    assert not toy._network.engine.calls  # type: ignore[union-attr,attr-defined]
 
 
 def test_images_of_another_shape(toy: Generator) -> None:
