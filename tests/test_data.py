@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 from PIL import Image, ImageOps
 
+from ddpm_edge import data
+from ddpm_edge.data import reading
 from ddpm_edge.errors import ConfigError, DataError
-from ddpm_edge.train import data, reading
 
 IMAGES = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
 LABELS = np.array([2, 0, 1])

@@ -7,8 +7,6 @@ import hashlib
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from ddpm_edge.data import Dataset, select, split
 from ddpm_edge.errors import ConfigError, DataError
 

@@ -9,14 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 from PIL import ExifTags, Image, ImageOps
 
-from ddpm_edge.data import load
+from ddpm_edge.data import image_folder, load, reading
 from ddpm_edge.errors import DataError
-from ddpm_edge.train import image_folder, reading
 
 
 def noise(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

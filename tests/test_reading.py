@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-
 from PIL import Image, ImageOps
 
 from ddpm_edge.data.reading import FITS, LANCZOS, counted, fitted
