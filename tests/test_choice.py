@@ -179,7 +179,9 @@ def test_command(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "broken               -         -  it cannot" in said
     assert "fp32: --runtime auto takes fast" in said
-    rows = json.loads(run("--json").output)
+    printed = json.loads(run("--json").output)
+    assert printed["fastest"] == {"fp32": "fast"}
+    rows = printed["candidates"]
     assert [row["runtime"] for row in rows] == ["fast", "slow", "broken"]
     assert rows[0]["report"]["batches"][0]["ms_a_step"] == 5.0
     refused = run("--variant", "fp32")

@@ -91,8 +91,11 @@ def _choose(
     del where["runtime"], where["variant"]
     with Progress("bench") as progress:
         found = choose(bundle, batch=batch, runs=runs, progress=progress.update, **where, **plan)
+    able = [candidate for candidate in found if candidate.report]  # the fastest first
+    fastest = {c.variant: c.runtime for c in reversed(able)}
     if as_json:
-        click.echo(json.dumps([candidate.to_dict() for candidate in found]))
+        candidates = [candidate.to_dict() for candidate in found]
+        click.echo(json.dumps({"candidates": candidates, "fastest": fastest}))
         return
     click.echo(f"{'variant':8} {'runtime':12} {'ms a step':>9} {'images/s':>9}")
     for c in found:
@@ -101,9 +104,8 @@ def _choose(
         else:
             rate = c.report.batches[0].images_a_second
             click.echo(f"{c.variant:8} {c.runtime:12} {c.ms_a_step:9.2f} {rate:9.2f}")
-    for variant in dict.fromkeys(c.variant for c in found if c.report):
-        fastest = next(c for c in found if c.variant == variant)
-        click.echo(f"{variant}: --runtime auto takes {fastest.runtime}")
+    for variant in dict.fromkeys(c.variant for c in able):
+        click.echo(f"{variant}: --runtime auto takes {fastest[variant]}")
     best = found[0]
     if best.variant != "fp32":
         click.echo(f"Next: --variant {best.variant}, the fastest; without it fp32 runs")
