@@ -34,34 +34,33 @@ def measure(timesteps: int | None, seed: int) -> dict:
             print(
                 f"{timesteps or 'all'}, seed {seed}: {first + CHUNK}, {seconds:.0f} s", flush=True
             )
-    names = ("prior", "diffusion", "reconstruction", "standard_error")
-    found = {name: np.concatenate([getattr(p, name) for p in parts]).tolist() for name in names}
-    curves = {}
+    found: dict = {
+        name: np.round(np.concatenate([getattr(p, name) for p in parts]), 3).tolist()
+        for name in ("nats", "standard_error")
+    }
     if timesteps is None:
-        rates, distortions = zip(*(p.rate_distortion() for p in parts), strict=True)
-        rate, distortion = np.mean(rates, axis=0), np.sqrt(np.mean(np.square(distortions), axis=0))
-        curves = {"rate": rate[::20].tolist(), "distortion": distortion[::20].tolist()}
-    return {"seed": seed, "seconds": seconds, **found, **curves}
+        for name in ("prior", "diffusion", "reconstruction"):
+            found[name] = float(np.mean(np.concatenate([getattr(p, name) for p in parts])))
+    return {"seed": seed, "seconds": seconds, **found}
 
 
 def table(results: dict) -> None:
     """Print the figures."""
     whole, scale = results["all"], 784 * math.log(2)
-    bits = sum(np.array(whole[name]) for name in ("prior", "diffusion", "reconstruction")) / scale
+    bits = np.array(whole["nats"]) / scale
     print(f"all terms: {bits.mean():.4f} bits/dim, standard error {spread(bits):.4f}")
     for name in ("prior", "diffusion", "reconstruction"):
-        print(f"  {name}: {np.mean(whole[name]) / scale:.4f}")
+        print(f"  {name}: {whole[name] / scale:.4f}")
     inside = []
     for part in results["some"]:
-        some = sum(np.array(part[name]) for name in ("prior", "diffusion", "reconstruction"))
-        error = math.sqrt(np.square(part["standard_error"]).sum()) / IMAGES / scale
-        off = some.mean() / scale - bits.mean()
+        nats, errors = np.array(part["nats"]), np.array(part["standard_error"])
+        error = math.sqrt(np.square(errors).sum()) / IMAGES / scale
+        off = nats.mean() / scale - bits.mean()
         inside.append(abs(off) <= 2 * error)
-        each = np.mean(np.array(part["standard_error"]) / some)
         print(
             f"seed {part['seed']}: {off:+.4f} off, standard error {error:.4f} of all images, "
-            f"{100 * each:.1f} % of an image's value; {part['seconds'] / whole['seconds']:.3f} of "
-            "the time"
+            f"{100 * np.mean(errors / nats):.1f} % of an image's value; {part['seconds']:.0f} s, "
+            f"all {whole['seconds']:.0f} s"
         )
     print(f"{sum(inside)} of {len(inside)} within two standard errors")
 
