@@ -26,7 +26,8 @@ from ddpm_edge import checks, noise
 from ddpm_edge.arrays import Array, Float32, Float64, Int64
 from ddpm_edge.errors import ConfigError, NonFiniteError, RuntimeUnavailableError
 from ddpm_edge.plan import Clip, prediction_to_form
-from ddpm_edge.schedule import Schedule, transition
+from ddpm_edge.samplers import VARIANCES
+from ddpm_edge.schedule import Schedule
 
 HALF_BIN = 1.0 / 255.0  # of a grey level in [-1, 1]
 OFF_LEVEL = 0.01  # of a grey level: what float32 makes of one is far nearer
@@ -148,7 +149,7 @@ def variational_bound(
     to_x, to_answer = prediction_to_form(prediction, "x0", schedule.signal[1:], schedule.noise[1:])
     terms, x0_mse = np.full((n, T - 1), np.nan), np.full((n, T), np.nan)
     reconstruction = np.empty(n)
-    bounds = None if clip is None else Clip.parse(clip)
+    bounds = Clip.parse(clip)
     draws = [noise.Draws(seed, first + i, x0[:1].shape) for i in range(n)]
     for begin in range(0, len(t_of), batch):
         i, t = images[begin : begin + batch], t_of[begin : begin + batch]
@@ -207,8 +208,9 @@ def model_variance(schedule: Schedule, variance: str) -> Float64:
     Raises:
         ConfigError: another name than "beta" and "beta-tilde".
     """
-    checks.choice("variance", variance, ("beta", "beta-tilde"))
-    sigma2 = np.append(0.0, _step(schedule, np.arange(1, schedule.T + 1))[1])
+    checks.choice("variance", variance, VARIANCES)
+    _, beta = schedule.transition(np.arange(1, schedule.T + 1))
+    sigma2 = np.append(0.0, beta)
     if variance == "beta-tilde" and schedule.T > 1:
         sigma2[2:] = schedule.posterior_variance(np.arange(2, schedule.T + 1))
         sigma2[1] = sigma2[2]
@@ -278,14 +280,8 @@ def _typical_terms(schedule: Schedule, sigma2: Float64) -> Float64:
 
 def _term(schedule: Schedule, sigma2: Float64, t: Int64, x0_mse: Array) -> Float64:
     """L_{t-1} a dimension, of the mean square error of x_0 predicted at t >= 2 (Eq 8)."""
-    to_x0 = schedule.signal[t - 1] * _step(schedule, t)[1] / schedule.noise[t] ** 2  # Eq 7
+    to_x0, _ = schedule.posterior_coefficients(t)
     return gaussian_kl(to_x0**2 * x0_mse, schedule.posterior_variance(t), sigma2[t])
-
-
-def _step(schedule: Schedule, t: Int64) -> tuple[Float64, Float64]:
-    """Factor and variance from t - 1 to t."""
-    s = t - 1
-    return transition(schedule.signal[t], schedule.noise[t], schedule.signal[s], schedule.noise[s])
 
 
 def _prior(schedule: Schedule, x0: Float64) -> Float64:

@@ -194,20 +194,26 @@ class Schedule:
     def posterior_mean(self, x0: Array, x_t: Array, t: ArrayLike) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), t in 1..T (Eq 7)."""
         t = self.check_t(t, least=1)
-        step, variance = self._transition(t)
-        to_x0 = self.signal[t - 1] * variance / self.noise[t] ** 2
-        to_xt = step * self.noise[t - 1] ** 2 / self.noise[t] ** 2
+        to_x0, to_xt = self.posterior_coefficients(t)
         mean: Array = _like(to_x0, x0) * x0 + _like(to_xt, x0) * x_t
         return mean
 
     def posterior_variance(self, t: ArrayLike) -> Float64:
         """Variance of q(x_{t-1} | x_t, x_0), "beta-tilde", t in 1..T; 0 at t = 1 (Eq 7)."""
         t = self.check_t(t, least=1)
-        _, variance = self._transition(t)
+        _, variance = self.transition(t)
         posterior: Float64 = variance * self.noise[t - 1] ** 2 / self.noise[t] ** 2
         return posterior
 
-    def _transition(self, t: Int64) -> tuple[Float64, Float64]:
+    def posterior_coefficients(self, t: Int64) -> tuple[Float64, Float64]:
+        """What x_0 and x_t have in the mean of q(x_{t-1} | x_t, x_0), t in 1..T (Eq 7)."""
+        step, variance = self.transition(t)
+        to_x0: Float64 = self.signal[t - 1] * variance / self.noise[t] ** 2
+        to_xt: Float64 = step * self.noise[t - 1] ** 2 / self.noise[t] ** 2
+        return to_x0, to_xt
+
+    def transition(self, t: Int64) -> tuple[Float64, Float64]:
+        """Factor and variance of q(x_t | x_{t-1}), t in 1..T (see the function `transition`)."""
         s = t - 1
         return transition(self.signal[t], self.noise[t], self.signal[s], self.noise[s])
 
