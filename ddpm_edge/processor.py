@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 
@@ -11,13 +12,13 @@ CPUINFO = "/proc/cpuinfo"  # Linux
 
 def name() -> str:
     """Its model, or at least its architecture."""
-    said = _cpuinfo()
+    said = _cpuinfo(CPUINFO)
     return said.get("model name") or said.get("Model") or platform.processor() or platform.machine()
 
 
 def instructions() -> frozenset[str]:
     """What it computes with, in Linux's words such as "avx512_vnni"; empty = not known."""
-    said = _cpuinfo()
+    said = _cpuinfo(CPUINFO)
     return frozenset((said.get("flags") or said.get("Features", "")).split())
 
 
@@ -28,10 +29,11 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _cpuinfo() -> dict[str, str]:
+@functools.cache  # with many CPUs Linux takes milliseconds to write it, and every engine asks
+def _cpuinfo(path: str) -> dict[str, str]:
     """What Linux says of it; of each word the first, which is the first CPU's."""
     said: dict[str, str] = {}
-    with contextlib.suppress(OSError), open(CPUINFO, encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
         for line in file:
             word, _, value = line.partition(":")
             said.setdefault(word.strip(), value.strip())

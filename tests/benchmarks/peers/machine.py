@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 PACKAGES = ("ddpm-edge", "torch", "diffusers", "onnxruntime", "openvino", "numpy")
@@ -21,13 +19,13 @@ def machine() -> dict[str, Any]:
     """Processor, its measured peaks in GFLOP/s, versions, date."""
     import torch
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    of = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    flags = of.get("flags", "").split()
+    from ddpm_edge import processor
+
+    there = processor.instructions()
     return {
-        "processor": of.get("model name", platform.processor()),
-        "cpus": len(os.sched_getaffinity(0)),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "processor": processor.name(),
+        "cpus": processor.cpus(),
+        "instructions": [name for name in INSTRUCTIONS if name in there],
         "peak_fp32_gflop_s": _peak(torch.rand(MATRIX, MATRIX)),
         "peak_bf16_gflop_s": _peak(torch.rand(MATRIX, MATRIX).bfloat16()),
         "python": platform.python_version(),
