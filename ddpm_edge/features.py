@@ -13,6 +13,7 @@ from ddpm_edge.arrays import Array, Float32
 from ddpm_edge.errors import ConfigError, EngineError
 from ddpm_edge.runtimes import open_engine
 from ddpm_edge.runtimes.base import TensorSpec
+from ddpm_edge.runtimes.select import model_bytes
 
 BUILT_IN = Path(__file__).parent / "bundles" / "fashion-mnist-features.onnx"
 IMAGES = "uint8, or float32 in [-1, 1], of shape (N, H, W, C) with N >= 1"
@@ -41,7 +42,7 @@ class FeatureNetwork:
     def __init__(
         self, model: str | Path | bytes, device: str | None = None, threads: int | None = None
     ) -> None:
-        data = model if isinstance(model, bytes) else Path(model).read_bytes()
+        data = model_bytes(model)
         self.digest = hashlib.sha256(data).hexdigest()
         self.engine = open_engine(data, "onnxruntime", device, threads)
         takes, gives = self.engine.inputs, self.engine.outputs

@@ -82,8 +82,7 @@ def open_engine(
         raise RuntimeUnavailableError(
             f"unknown runtime {runtime!r}; runtimes are auto, {', '.join(RUNTIMES)}"
         )
-    data = model if isinstance(model, bytes) else _read(Path(model))
-    opening = Opening(data, variant, device, threads, cache_dir)
+    opening = Opening(model_bytes(model), variant, device, threads, cache_dir)
     if runtime != "auto":
         return _said(RUNTIMES[runtime](opening))
     reasons: list[str] = []
@@ -124,8 +123,15 @@ def _said(engine: Engine) -> Engine:
     return engine
 
 
-def _read(path: Path) -> bytes:
+def model_bytes(model: str | Path | bytes) -> bytes:
+    """An .onnx file's bytes.
+
+    Raises:
+        EngineError: it cannot be read.
+    """
+    if isinstance(model, bytes):
+        return model
     try:
-        return path.read_bytes()
+        return Path(model).read_bytes()
     except OSError as error:
         raise EngineError(f"the model cannot be loaded: {error}") from error
