@@ -19,7 +19,7 @@ import numpy as np
 from ddpm_edge import checks, noise
 from ddpm_edge._version import __version__
 from ddpm_edge.arrays import Array, Float64, Int64, UInt8
-from ddpm_edge.data import Dataset, spread
+from ddpm_edge.data import Dataset, mixed
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.generator import Generator
@@ -36,6 +36,7 @@ from ddpm_edge.metrics import (
     frechet_distance,
     jackknife,
     kernel_estimate,
+    mean_kernel,
     nearest,
 )
 
@@ -134,8 +135,11 @@ def evaluate(
     if wanted:  # what cannot work is refused before anything is sampled
         scipy_special()
         check_timesteps(timesteps, manifest.schedule.T)
-    real = _some(test, generator, "test", n)
-    known = None if train is None else _some(train, generator, "training", n, in_turn=True)
+    rest = _mixed(test, generator, "test", n)
+    real = rest.subset(np.arange(n))
+    known = None
+    if train is not None:
+        known = _in_turn(_mixed(train, generator, "training", n), generator.class_names, n)
     settings = {
         "ddpm_edge": __version__,
         "model": manifest.name,
@@ -158,7 +162,6 @@ def evaluate(
     labels = np.arange(n) % len(manifest.class_names) if manifest.class_names else None
     if wanted:
         _labels_of(real, generator)
-    rest = spread(test, len(test.images))  # the first n of which are `real`
     judge = None if features is None else _Judge(features, _pictures(rest), n)
     noised = Dataset("noised", _noised(real.images, seed), real.labels, real.class_names)
     kinds = {"floor": known, "ceiling": noised}
@@ -256,6 +259,7 @@ class _Judge:
                 f"{least}"
             )
         self._moments = Moments.of(self._real)
+        self._within = mean_kernel(self._real)
 
     def figures(self, images: UInt8, labels: Array | None) -> dict[str, Estimate]:
         """Of images uint8 (n, H, W, C) and the labels that they were asked for, if any."""
@@ -265,7 +269,7 @@ class _Judge:
             "Frechet distance": jackknife(
                 lambda x: frechet_distance(self._moments, Moments.of(x)), x
             ),
-            "kernel distance": kernel_estimate(x, self._real),
+            "kernel distance": kernel_estimate(x, self._real, self._within),
             "precision": jackknife(np.mean, covered(self._some, x)),
             "recall": jackknife(lambda x: float(covered(x, self._some).mean()), x),
         }
@@ -332,11 +336,8 @@ def _bounds(
     return bounds
 
 
-def _some(data: Dataset, generator: Generator, name: str, n: int, in_turn: bool = False) -> Dataset:
-    """N images of the data: of all of it, and in no order, or a block of them would be a class.
-
-    In turn: their labels are as the samples' are, where the data have the model's classes.
-    """
+def _mixed(data: Dataset, generator: Generator, name: str, n: int) -> Dataset:
+    """The images, n or more, in no order: or a block of them would be a class."""
     if data.sample_shape != generator.sample_shape:
         raise ConfigError(
             f"the {name} images are (C, H, W) = {data.sample_shape}, the model's "
@@ -346,16 +347,18 @@ def _some(data: Dataset, generator: Generator, name: str, n: int, in_turn: bool 
         raise ConfigError(
             f"{n} {name} images are needed, {data.name} has {len(data.images)}; give a smaller n"
         )
-    mixed = spread(data, len(data.images))
-    chosen = np.arange(n)
-    if in_turn and mixed.labels is not None and mixed.class_names == generator.class_names:
-        # The i-th image of its class goes to the i-th round.
-        rounds = np.empty(len(mixed.labels), np.int64)
-        for label in range(len(mixed.class_names)):
-            of_class = mixed.labels == label
-            rounds[of_class] = np.arange(np.count_nonzero(of_class))
-        chosen = np.lexsort([mixed.labels, rounds])[:n]
-    return mixed.subset(chosen)
+    return mixed(data)
+
+
+def _in_turn(data: Dataset, class_names: tuple[str, ...], n: int) -> Dataset:
+    """N of the images: with labels in turn, as the samples', where the data have these classes."""
+    if data.labels is None or data.class_names != class_names:
+        return data.subset(np.arange(n))
+    rounds = np.empty(len(data.labels), np.int64)  # the i-th image of its class is in the i-th
+    for label in range(len(class_names)):
+        of_class = data.labels == label
+        rounds[of_class] = np.arange(np.count_nonzero(of_class))
+    return data.subset(np.lexsort([data.labels, rounds])[:n])
 
 
 def _labels_of(data: Dataset, generator: Generator, n: int | None = None) -> list[int] | None:
@@ -425,7 +428,7 @@ def _estimate(figure: Mapping[str, Any]) -> Estimate:
     return Estimate(float(figure["value"]), np.array(figure["replicates"], np.float64))
 
 
-def read_report(text: str) -> dict[str, Any]:
+def read_report(text: str | bytes) -> dict[str, Any]:
     """The JSON of an evaluation.
 
     Raises:

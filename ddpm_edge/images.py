@@ -162,13 +162,18 @@ def save_image(image: Array, path: str | Path) -> None:
     write_bytes(path, to_png(image))
 
 
-def grid(images: Array, columns: int | None = None, scale: int = 1, gap: int = 2) -> Array:
-    """Images (N, H, W, C) uint8 side by side on white, about square: uint8 (H', W', C)."""
+def grid(images: Array, columns: int | None = None, scale: int | None = 1, gap: int = 2) -> Array:
+    """Images (N, H, W, C) uint8 side by side on white, about square: uint8 (H', W', C).
+
+    Scale None: small ones are enlarged to about 64 pixels.
+    """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
         raise ConfigError(
             f"a grid needs uint8 images (N, H, W, C), N >= 1; got {images.dtype} {images.shape}"
         )
+    if scale is None:
+        scale = max(1, round(64 / images.shape[1]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -191,7 +196,4 @@ def save_grid(
         ConfigError: not uint8 images of that shape.
         OSError: the path cannot be written.
     """
-    images = np.asarray(images)
-    if scale is None:
-        scale = max(1, round(64 / images.shape[1])) if images.ndim == 4 else 1
     save_image(grid(images, columns, scale), path)

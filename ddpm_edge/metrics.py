@@ -179,15 +179,23 @@ def jackknife(statistic: Callable[..., float], *samples: Array) -> Estimate:
     return Estimate(float(statistic(*samples)), np.array(without, np.float64))
 
 
-def kernel_estimate(made: Array, real: Array) -> Estimate:
-    """`jackknife` of `kernel_distance` by the choice of made images, in one pass over pairs."""
+def mean_kernel(x: Array) -> float:
+    """The mean of k(x_i, x_j) over all i != j, of features (N, D), N >= 2."""
+    return float(_own_sums(x.astype(np.float64)).sum() / (len(x) * (len(x) - 1)))
+
+
+def kernel_estimate(made: Array, real: Array, within: float | None = None) -> Estimate:
+    """`jackknife` of `kernel_distance` by the choice of made images, in one pass over pairs.
+
+    Args:
+        made: features (N, D), N >= 2.
+        real: features (M, D), M >= 2.
+        within: `mean_kernel(real)`, where it is known; None = found here.
+    """
     x, y = _pair(made, real, least=(2, 2))
     n, m = len(x), len(y)
-    own = _kernel_sums(x, x)
-    cross = _kernel_sums(x, y)
-    own -= _kernel(np.einsum("nd,nd->n", x, x), x.shape[1])
-    others = _kernel_sums(y, y) - _kernel(np.einsum("nd,nd->n", y, y), y.shape[1])
-    real_part = others.sum() / (m * (m - 1))
+    own, cross = _own_sums(x), _kernel_sums(x, y)
+    real_part = mean_kernel(y) if within is None else within
 
     def without(block: Int64) -> float:
         left = n - len(block)
@@ -196,7 +204,7 @@ def kernel_estimate(made: Array, real: Array) -> Estimate:
         between = (cross.sum() - cross[block].sum()) / (left * m)
         return float(pairs / (left * (left - 1)) + real_part - 2 * between)
 
-    blocks = np.array_split(np.arange(n), BLOCKS) if n > BLOCKS else []
+    blocks = np.array_split(np.arange(n), BLOCKS) if n >= BLOCKS else []
     return Estimate(without(np.arange(0)), np.array([without(block) for block in blocks]))
 
 
@@ -217,6 +225,11 @@ def _distances(a: Array, b: Array) -> Iterator[Array]:
 def _kernel(products: Float64, dimensions: int) -> Float64:
     kernel: Float64 = (products / dimensions + 1.0) ** 3
     return kernel
+
+
+def _own_sums(x: Float64) -> Float64:
+    """For each row the sum over all others; (N,)."""
+    return _kernel_sums(x, x) - _kernel(np.einsum("nd,nd->n", x, x), x.shape[1])
 
 
 def _kernel_sums(a: Float64, b: Float64) -> Float64:

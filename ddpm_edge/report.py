@@ -54,14 +54,14 @@ def compared_rows(compared: Sequence[Compared]) -> list[list[str]]:
     """A row for every figure that both have, as COMPARED."""
     return [
         [
-            name,
-            number(a.value),
-            number(b.value),
-            f"{difference.value:+.4g}",
-            number(difference.standard_error),
-            "yes" if difference.significant else "no",
+            row["figure"],
+            number(row["a"]),
+            number(row["b"]),
+            f"{row['difference']:+.4g}",
+            number(row["standard_error"]),
+            "yes" if row["significant"] else "no",
         ]
-        for name, a, b, difference in compared
+        for row in compared_json(compared)
     ]
 
 
@@ -155,8 +155,7 @@ def _settings(settings: Mapping[str, Any], seconds: float) -> str:
 
 
 def _image(images: Array, columns: int) -> str:
-    scale = max(1, round(64 / images.shape[1]))
-    data = base64.b64encode(to_png(grid(images, columns, scale))).decode()
+    data = base64.b64encode(to_png(grid(images, columns, None))).decode()
     return f'<img alt="" src="data:image/png;base64,{data}">'
 
 

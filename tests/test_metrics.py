@@ -18,6 +18,7 @@ from ddpm_edge.metrics import (
     jackknife,
     kernel_distance,
     kernel_estimate,
+    mean_kernel,
     nearest,
 )
 
@@ -94,6 +95,9 @@ def test_kernel_distance_by_all_pairs() -> None:
     fast, plain = kernel_estimate(a, b), jackknife(lambda x: kernel_distance(x, b), a)
     assert fast.value == pytest.approx(plain.value)
     np.testing.assert_allclose(fast.replicates, plain.replicates, rtol=1e-9)
+    few, plain = kernel_estimate(a[:10], b), jackknife(lambda x: kernel_distance(x, b), a[:10])
+    np.testing.assert_allclose(few.replicates, plain.replicates, rtol=1e-9)
+    assert kernel_estimate(a, b, mean_kernel(b)).value == pytest.approx(fast.value)
 
 
 def test_kernel_distance_is_unbiased() -> None:

@@ -102,8 +102,8 @@ def evaluate(
     from ddpm_edge.features import FeatureNetwork
 
     if output is not None:
-        check_writable(output if output.exists() else output.parent)
-    earlier = None if compare is None else evaluation.read_report(_text(compare))
+        check_writable(output)
+    earlier = None if compare is None else evaluation.read_report(compare.read_bytes())
     train, test = _images(data, None if size is None else parse_size(size), share, split_seed)
     with contextlib.ExitStack() as stack:
         generator = stack.enter_context(Generator.load(bundle, **where))
@@ -141,10 +141,6 @@ def evaluate(
         return
     click.echo(f"\n{output}: report.json, report.html")
     click.echo(f"Next: the same with another --steps and --compare {output / 'report.json'}")
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _images(

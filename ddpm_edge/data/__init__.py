@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_edge.data.array_files import holds_idx, read_idx, read_npy, read_npz
-from ddpm_edge.data.dataset import Dataset, select, split, spread
+from ddpm_edge.data.dataset import Dataset, mixed, select, split
 from ddpm_edge.data.image_folder import read_folder
 from ddpm_edge.data.reading import SPLITS, Progress, Reading, height_width, one_of
 from ddpm_edge.errors import ConfigError, DataError
@@ -18,10 +18,10 @@ __all__ = [
     "Source",
     "has_test_images",
     "load",
+    "mixed",
     "parse_size",
     "select",
     "split",
-    "spread",
 ]
 
 FASHION_MNIST = "fashion-mnist"

@@ -116,16 +116,9 @@ def _fraction(seed: int, name: str) -> float:
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48  # exact in float64
 
 
-def spread(data: Dataset, n: int) -> Dataset:
-    """N images in an order that has nothing to do with theirs: the same for the same data.
-
-    Raises:
-        DataError: there are fewer.
-    """
-    if len(data.images) < n:
-        raise DataError(f"{n} images are needed, and {data.name} has {len(data.images)}")
-    order = sorted(range(len(data.images)), key=lambda i: _fraction(0, str(i)))
-    return data.subset(np.array(order[:n], np.int64))
+def mixed(data: Dataset) -> Dataset:
+    """The images in an order that has nothing to do with theirs: the same for the same data."""
+    return data.subset(sorted(range(len(data.images)), key=lambda i: _fraction(0, str(i))))
 
 
 def select(data: Dataset, names: Iterable[str]) -> Dataset:
