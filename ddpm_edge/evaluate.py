@@ -176,7 +176,7 @@ def evaluate(
         bounds = _bounds(generator, asked, wanted, timesteps, seed, say)
         for kind, bound in bounds.items():
             found[kind]["bits/dim"] = jackknife(np.mean, bound.bits_per_dim)
-        x0_mse = _mean(bounds["figures"].x0_mse)
+        x0_mse = _x0_mse(bounds["figures"], manifest.schedule.T)
     say(1.0 - SHARES["figures"], "figures")
     if judge is not None:
         found["figures"] |= judge.figures(samples, labels)
@@ -408,11 +408,11 @@ def _copies(samples: UInt8, real: UInt8, train: Dataset) -> tuple[Estimate, Int6
     return ratio, alike, known[index[alike]]
 
 
-def _mean(values: Float64) -> Float64:
-    """Of each column, what is known; NaN where nothing is."""
-    there = np.isfinite(values)
+def _x0_mse(bound: Bound, T: int) -> Float64:
+    """The mean square error of x_0 at t = 1..T, of all images; NaN where none was looked at."""
+    at = bound.t.ravel() - 1
     with np.errstate(invalid="ignore"):
-        mean: Float64 = np.where(there, values, 0.0).sum(axis=0) / there.sum(axis=0)
+        mean: Float64 = np.bincount(at, bound.x0_mse.ravel(), T) / np.bincount(at, minlength=T)
     return mean
 
 

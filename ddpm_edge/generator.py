@@ -555,7 +555,8 @@ class Generator:
 
         Args:
             images: one or many, of 256 levels: uint8 (or float32 in [-1, 1]), (H, W, C).
-            timesteps: how many of the T to evaluate for each image, 3..T; None = all, exactly.
+            timesteps: how many evaluations each image gets, 4..T, in pairs, for an estimate with
+                its standard error; None = every timestep once.
             seed: see `run`. Image i depends on (seed, first + i) alone.
             label: see `run`; what the images are said to show.
             first: index of the first image.

@@ -7,14 +7,15 @@
              variances beta~ and sigma^2 (Eq 8, with its constant); mu is mu~ of the predicted x_0
     L_0      -ln P(x_0 | x_1), a Gaussian's mass over the pixel's bin (Eq 13)
 
-Each L_{t-1} is an expectation over x_t, of which one draw is taken. p is Algorithm 2: sigma^2 is
-beta or beta-tilde, x_0 clipped or not. At t = 1 beta-tilde is 0, and beta-tilde_2 is taken, which
-Ho et al.'s code does for "beta" as well; here "beta" is beta_1 there, as Eq 13 has it.
+L_{t-1} and L_0 are expectations over x_t. Either one x_t is drawn for every t; or a few pairs of t
+and x_t, by stratified importance sampling: how far the two of a pair are apart says how far off the
+estimate is. p is Algorithm 2: sigma^2 is beta or beta-tilde, x_0 clipped or not. At t = 1
+beta-tilde is 0, and beta-tilde_2 is taken, which Ho et al.'s code does for "beta" as well; here
+"beta" is beta_1 there, as Eq 13 has it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,8 +32,7 @@ from ddpm_edge.schedule import Schedule
 
 HALF_BIN = 1.0 / 255.0  # of a grey level in [-1, 1]
 OFF_LEVEL = 0.01  # of a grey level: what float32 makes of one is far nearer
-LEAST_TIMESTEPS = 3  # t = 1, and two of the others, whose difference tells the standard error
-TYPICAL_VARIANCE = 0.25  # of images in [-1, 1]; how timesteps are chosen depends on it, no result
+LEAST_TIMESTEPS = 4  # a pair at t = 1, and a pair of the others
 
 Ask = Callable[[Float32, Int64, Int64], Array]  # x_t (B, C, H, W), t (B,), index of the image (B,)
 Progress = Callable[[float], object]  # the share that is done, 0..1
@@ -46,11 +46,13 @@ class Bound:
         prior: L_T; (n,).
         diffusion: the sum of all L_{t-1}; (n,).
         reconstruction: L_0; (n,).
-        standard_error: of the diffusion, by the choice of timesteps; (n,), 0 where all were taken.
+        standard_error: of their sum, by the choice of the timesteps and the noise in x_t; (n,). NaN
+            where every timestep was evaluated once, which cannot tell.
         dimensions: values of an image.
-        terms: L_{t-1} for t = 2..T; (n, T - 1), NaN where it was not evaluated.
-        x0_mse: mean square of x_0 less its prediction at t = 1..T, in units where images are
-            in [-1, 1]; (n, T), NaN as well.
+        t: where the network was evaluated, 1..T; int64 (n, K).
+        terms: L_{t-1} there, L_0 for t = 1; (n, K).
+        x0_mse: mean square of x_0 less its prediction, in units where images are in [-1, 1];
+            (n, K).
         seed: of the draws.
     """
 
@@ -59,6 +61,7 @@ class Bound:
     reconstruction: Float64
     standard_error: Float64
     dimensions: int
+    t: Int64
     terms: Float64
     x0_mse: Float64
     seed: int
@@ -74,9 +77,9 @@ class Bound:
         return self.nats / (self.dimensions * math.log(2.0))
 
     def mean(self) -> tuple[float, float]:
-        """Bits/dim of all images, and its standard error: by the choice of images and timesteps.
+        """Bits/dim of all images, and its standard error: by the choice of images and of draws.
 
-        The spread of the images holds that of the timesteps, which are chosen anew for each.
+        The spread of the images holds that of the draws, which are made anew for each.
         """
         bits = self.bits_per_dim
         n = len(bits)
@@ -93,9 +96,9 @@ class Bound:
         Raises:
             ConfigError: not all timesteps were evaluated.
         """
-        if np.isnan(self.x0_mse).any():
+        if np.isfinite(self.standard_error).any():
             raise ConfigError("rate and distortion need all timesteps; give timesteps=None")
-        sent = np.concatenate([self.prior[:, None], self.terms[:, ::-1]], axis=1)
+        sent = np.concatenate([self.prior[:, None], self.terms[:, :0:-1]], axis=1)
         rate = np.cumsum(sent.mean(axis=0)) / (self.dimensions * math.log(2.0))
         distortion: Float64 = 127.5 * np.sqrt(self.x0_mse.mean(axis=0)[::-1])
         return rate, distortion
@@ -124,9 +127,9 @@ def variational_bound(
         prediction: what the network answers, one of `plan.PREDICTIONS`.
         variance: sigma^2 of Algorithm 2, "beta" or "beta-tilde".
         clip: how the predicted x0 is clipped, see `Clip.parse`.
-        timesteps: how many of the T are evaluated for each image, 3..T, t = 1 always among them;
-            None = all. The others are estimated without bias from strata of equal weight, two
-            draws in each, chosen for every image anew.
+        timesteps: how many evaluations each image gets, 4..T, in pairs: one pair at t = 1, the
+            others where the bound is made, chosen for every image anew; the estimate has no bias.
+            None or T = every timestep once.
         seed: of all draws; image i depends on (seed, first + i) alone. None draws a fresh one.
         first: index of the first image.
         batch: evaluations at once.
@@ -141,20 +144,21 @@ def variational_bound(
     T, n = schedule.T, len(x0)
     wanted = check_timesteps(timesteps, T)
     sigma2 = model_variance(schedule, variance)
-    strata = stratify(_typical_terms(schedule, sigma2), wanted - 1)
-    chosen = [_chosen(strata, seed, first + i) for i in range(n)]
-    images = np.repeat(np.arange(n), [1 + len(ts) for ts in chosen])
-    t_of = np.concatenate([np.array([1, *ts], np.int64) for ts in chosen])
+    chosen, weights = (
+        _all(n, T) if wanted == T else _pairs(schedule, sigma2, wanted, seed, first, n)
+    )
+    K = chosen.shape[1]
 
     to_x, to_answer = prediction_to_form(prediction, "x0", schedule.signal[1:], schedule.noise[1:])
-    terms, x0_mse = np.full((n, T - 1), np.nan), np.full((n, T), np.nan)
-    reconstruction = np.empty(n)
+    terms, x0_mse = np.empty(n * K), np.empty(n * K)
     bounds = Clip.parse(clip)
     draws = [noise.Draws(seed, first + i, x0[:1].shape) for i in range(n)]
-    for begin in range(0, len(t_of), batch):
-        i, t = images[begin : begin + batch], t_of[begin : begin + batch]
-        eps = np.concatenate([draws[a].rows(noise.Stream.LIKELIHOOD, range(b, b + 1))[0]
-                              for a, b in zip(i.tolist(), t.tolist(), strict=True)])  # fmt: skip
+    for begin in range(0, n * K, batch):
+        now = slice(begin, begin + batch)
+        i, row = np.divmod(np.arange(n * K)[now], K)
+        t = chosen[i, row]
+        eps = np.concatenate([draws[a].rows(noise.Stream.LIKELIHOOD, range(1 + b, 2 + b))[0]
+                              for a, b in zip(i.tolist(), row.tolist(), strict=True)])  # fmt: skip
         x_t = schedule.q_sample(x0[i], t, eps)
         answer = ask(x_t.astype(np.float32), t, i)
         if not np.isfinite(answer).all():
@@ -166,29 +170,30 @@ def variational_bound(
         if bounds is not None:
             bounds(predicted)
         error = np.mean((x0[i] - predicted) ** 2, axis=(1, 2, 3))
-        x0_mse[i, t - 1] = error
         last = t == 1
-        later = ~last
-        term = _term(schedule, sigma2, t[later], error[later])
-        terms[i[later], t[later] - 2] = x0[0].size * term
-        reconstruction[i[last]] = -log_mass(x0[i[last]], predicted[last], sigma2[1]).sum((1, 2, 3))
+        term = np.empty(len(t))
+        term[~last] = x0[0].size * _term(schedule, sigma2, t[~last], error[~last])
+        term[last] = -log_mass(x0[i[last]], predicted[last], sigma2[1]).sum(axis=(1, 2, 3))
+        terms[now], x0_mse[now] = term, error
         if progress is not None:
-            progress(min(1.0, (begin + batch) / len(t_of)))
-    diffusion, standard_error = _total(terms, strata)
+            progress(min(1.0, (begin + batch) / (n * K)))
+    terms = terms.reshape(n, K)
+    parts = weights * terms
     return Bound(
         prior=_prior(schedule, x0),
-        diffusion=diffusion,
-        reconstruction=reconstruction,
-        standard_error=standard_error,
+        diffusion=np.where(chosen > 1, parts, 0.0).sum(axis=1),
+        reconstruction=np.where(chosen == 1, parts, 0.0).sum(axis=1),
+        standard_error=np.full(n, np.nan) if wanted == T else _spread(parts),
         dimensions=x0[0].size,
+        t=chosen,
         terms=terms,
-        x0_mse=x0_mse,
+        x0_mse=x0_mse.reshape(n, K),
         seed=seed,
     )
 
 
 def check_timesteps(timesteps: int | None, T: int) -> int:
-    """How many of the T timesteps are to be evaluated; None = all.
+    """How many evaluations each image gets; None = T.
 
     Raises:
         ConfigError: too few to know the standard error, or more than there are.
@@ -246,36 +251,38 @@ def log_mass(x: Array, mean: Array, variance: float) -> Float64:
     return mass
 
 
-def stratify(weights: Float64, evaluations: int) -> list[range]:
-    """Strata of the timesteps 2..T, each of about the same weight.
+def _all(n: int, T: int) -> tuple[Int64, Float64]:
+    """Every timestep once: t and its weight, (n, T) each."""
+    return np.tile(np.arange(1, T + 1), (n, 1)), np.ones((n, T))
 
-    Args:
-        weights: of t = 2..T, >= 0; float64 (T - 1,).
-        evaluations: how many there may be, >= 2 unless they are enough for all: two in each stratum
-            of two or more timesteps, one in the others.
+
+def _pairs(
+    schedule: Schedule, sigma2: Float64, evaluations: int, seed: int, first: int, n: int
+) -> tuple[Int64, Float64]:
+    """Pairs of evaluations: t and the weight of its term in the sum, (n, K) each.
+
+    The first pair is at t = 1. The others are S strata of equal probability, p_t in proportion to
+    what L_{t-1} is for data of unit variance and the exact prediction: a term has the mean
+    (1 / S) E[L_{t-1} / p_t] of its stratum to tell.
     """
-    n = len(weights)
-    if evaluations >= n:
-        return [range(t, t + 1) for t in range(2, n + 2)]
-    share = np.cumsum(weights) / np.sum(weights)
-    for count in range(evaluations, 0, -1):
-        k = np.arange(1, count)
-        ends = np.searchsorted(share, k / count) + 1
-        ends = np.maximum.accumulate(ends - k) + k  # none is empty
-        ends = np.minimum(ends, n - count + k)
-        edges = [2, *(2 + ends).tolist(), n + 2]
-        strata = [range(a, b) for a, b in itertools.pairwise(edges)]
-        if sum(min(2, len(stratum)) for stratum in strata) <= evaluations:
-            return strata
-    raise AssertionError("one stratum takes two evaluations")
-
-
-def _typical_terms(schedule: Schedule, sigma2: Float64) -> Float64:
-    """About what L_{t-1} is a dimension, t = 2..T: of Gaussian data with the exact prediction."""
-    t = np.arange(2, schedule.T + 1)
+    T, S = schedule.T, evaluations // 2 - 1
+    t = np.arange(2, T + 1)
     signal2, noise2 = schedule.signal[t] ** 2, schedule.noise[t] ** 2
-    error = TYPICAL_VARIANCE * noise2 / (noise2 + signal2 * TYPICAL_VARIANCE)
-    return _term(schedule, sigma2, t, error)
+    typical = np.maximum(_term(schedule, sigma2, t, noise2 / (noise2 + signal2)), 0.0)  # rounding
+    p = typical / typical.sum()
+    words = np.stack([noise.words(seed, noise.Stream.LIKELIHOOD, first + i, 0, 2 * S)
+                      for i in range(n)])  # fmt: skip
+    uniform = (words >> np.uint64(11)) * 2.0**-53
+    at = np.searchsorted(np.cumsum(p), (np.arange(2 * S) // 2 + uniform) / S, side="right")
+    at = np.minimum(at, T - 2)  # the sum of all p may be rounded to less than 1
+    ones = np.ones((n, 2), np.int64)
+    return np.hstack([ones, t[at]]), np.hstack([ones / 2.0, 1.0 / (2 * S * p[at])])
+
+
+def _spread(parts: Float64) -> Float64:
+    """Standard error of a sum of pairs (n, K): that of a pair's sum is its difference."""
+    error: Float64 = np.sqrt(np.square(parts[:, ::2] - parts[:, 1::2]).sum(axis=1))
+    return error
 
 
 def _term(schedule: Schedule, sigma2: Float64, t: Int64, x0_mse: Array) -> Float64:
@@ -290,30 +297,6 @@ def _prior(schedule: Schedule, x0: Float64) -> Float64:
     squares = np.square(x0).reshape(len(x0), -1)
     prior: Float64 = gaussian_kl(signal2 * squares, noise2, 1.0).sum(axis=1)
     return prior
-
-
-def _chosen(strata: list[range], seed: int, image: int) -> list[int]:
-    """The timesteps at which an image is looked at: all of a stratum, or two of it."""
-    words = noise.words(seed, noise.Stream.LIKELIHOOD, image, 0, 2 * len(strata)).tolist()
-    chosen = []
-    for stratum, a, b in zip(strata, words[::2], words[1::2], strict=True):
-        n = len(stratum)
-        one = a % n
-        other = (one + 1 + b % (n - 1)) % n if n > 1 else one
-        chosen += [stratum[i] for i in sorted({one, other})]
-    return chosen
-
-
-def _total(terms: Float64, strata: list[range]) -> tuple[Float64, Float64]:
-    """The sum of all L_{t-1} from the evaluated ones, and its standard error; (n,) each."""
-    total, variance = np.zeros(len(terms)), np.zeros(len(terms))
-    for stratum in strata:
-        part, n = terms[:, stratum.start - 2 : stratum.stop - 2], len(stratum)
-        total += n * np.nanmean(part, axis=1)
-        # Two of n, without putting one back: n^2 (1 - 2 / n) (a - b)^2 / 4
-        spread = np.nanmax(part, axis=1) - np.nanmin(part, axis=1)
-        variance += n * max(n - 2, 0) * (spread / 2.0) ** 2
-    return total, np.sqrt(variance)
 
 
 def levels(x0: Float32) -> Float64:

@@ -106,7 +106,7 @@ def test_no_report(text: str) -> None:
         ({"n": 9}, "n must be a whole number >= 10; got 9"),
         ({"n": 41}, "41 test images are needed, random has 40; give a smaller n"),
         ({"n": 20, "likelihood_images": 5}, "likelihood_images must be 0, or 10 or more; got 5"),
-        ({"n": 20, "timesteps": 2}, r"timesteps must be 3\.\.1000"),
+        ({"n": 20, "timesteps": 3}, r"timesteps must be 4\.\.1000"),
         ({"n": 20, "sampler": "dimm"}, "did you mean 'ddim'"),
         ({"n": 20, "seed": -1}, "seed"),
         ({"n": 20, "guidance": 2e9}, "guidance"),
