@@ -7,6 +7,7 @@ under noise the ceiling: a figure means something between the two.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -43,6 +44,8 @@ from ddpm_edge.metrics import (
 CEILING_SIGNAL = 0.7  # of the noised images, whose noise has sqrt(1 - signal^2)
 CHUNK = 64  # samples between two reports of progress
 SHARES = {"samples": 0.6, "likelihood": 0.3, "figures": 0.1}  # of the time, about
+
+FRECHET = "Frechet distance"
 
 Progress = Callable[[float, str], object]
 
@@ -135,11 +138,11 @@ def evaluate(
     if wanted:  # what cannot work is refused before anything is sampled
         scipy_special()
         check_timesteps(timesteps, manifest.schedule.T)
-    rest = _mixed(test, generator, "test", n)
+    rest = mixed_images(test, generator, "test", n)
     real = rest.subset(np.arange(n))
     known = None
     if train is not None:
-        known = _in_turn(_mixed(train, generator, "training", n), generator.class_names, n)
+        known = _in_turn(mixed_images(train, generator, "training", n), generator.class_names, n)
     settings = {
         "ddpm_edge": __version__,
         "model": manifest.name,
@@ -162,13 +165,16 @@ def evaluate(
     labels = np.arange(n) % len(manifest.class_names) if manifest.class_names else None
     if wanted:
         _labels_of(real, generator)
-    judge = None if features is None else _Judge(features, _pictures(rest), n)
+    judge = None if features is None else Judge(features, _pictures(rest), n)
     noised = Dataset("noised", _noised(real.images, seed), real.labels, real.class_names)
     kinds = {"floor": known, "ceiling": noised}
     others = {kind: data for kind, data in kinds.items() if data is not None}
 
     say: Progress = progress or _silent
-    samples = _samples(generator, labels, n, seed, guidance, plan, say)
+    samples = draw_samples(
+        generator, labels, n, seed, guidance, plan,
+        lambda share, note: say(SHARES["samples"] * share, note),
+    )  # fmt: skip
     found: dict[str, dict[str, Estimate]] = {"figures": {}, "floor": {}, "ceiling": {}}
     x0_mse = np.empty(0)
     if wanted:
@@ -238,7 +244,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Compared]:
     return rows
 
 
-class _Judge:
+class Judge:
     """Figures of n images by what a feature network sees in them, against the real ones.
 
     Precision and recall are against n real images, all else against all of them.
@@ -259,16 +265,25 @@ class _Judge:
                 f"{least}"
             )
         self._moments = Moments.of(self._real)
-        self._within = mean_kernel(self._real)
+
+    @functools.cached_property
+    def _within(self) -> float:
+        return mean_kernel(self._real)
+
+    def frechet(self, x: Float64) -> Estimate:
+        """The Frechet distance of features (n, D)."""
+        return jackknife(lambda x: frechet_distance(self._moments, Moments.of(x)), x)
+
+    def features(self, images: UInt8) -> Float64:
+        """Of images uint8 (n, H, W, C); (n, D)."""
+        return self._network(images).features.astype(np.float64)
 
     def figures(self, images: UInt8, labels: Array | None) -> dict[str, Estimate]:
         """Of images uint8 (n, H, W, C) and the labels that they were asked for, if any."""
         seen = self._network(images)
         x = seen.features.astype(np.float64)
         found = {
-            "Frechet distance": jackknife(
-                lambda x: frechet_distance(self._moments, Moments.of(x)), x
-            ),
+            FRECHET: self.frechet(x),
             "kernel distance": kernel_estimate(x, self._real, self._within),
             "precision": jackknife(np.mean, covered(self._some, x)),
             "recall": jackknife(lambda x: float(covered(x, self._some).mean()), x),
@@ -289,7 +304,7 @@ def _silent(_: float, __: str) -> None:
     pass
 
 
-def _samples(
+def draw_samples(
     generator: Generator,
     labels: Int64 | None,
     n: int,
@@ -298,7 +313,7 @@ def _samples(
     plan: Mapping[str, Any],
     say: Progress,
 ) -> UInt8:
-    """Samples uint8 (n, H, W, C)."""
+    """Samples 0..n - 1 of a seed, uint8 (n, H, W, C), with labels (n,) where there are any."""
     parts = []
     for first in range(0, n, CHUNK):
         part = range(first, min(first + CHUNK, n))
@@ -308,7 +323,7 @@ def _samples(
                 len(part), seed=seed, first=first, label=label, guidance=guidance, **plan
             )
         )
-        say(SHARES["samples"] * part.stop / n, f"{part.stop} of {n} samples")
+        say(part.stop / n, f"{part.stop} of {n} samples")
     return np.concatenate(parts)
 
 
@@ -336,7 +351,7 @@ def _bounds(
     return bounds
 
 
-def _mixed(data: Dataset, generator: Generator, name: str, n: int) -> Dataset:
+def mixed_images(data: Dataset, generator: Generator, name: str, n: int) -> Dataset:
     """The images, n or more, in no order: or a block of them would be a class."""
     if data.sample_shape != generator.sample_shape:
         raise ConfigError(

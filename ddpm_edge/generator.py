@@ -25,6 +25,8 @@ from ddpm_edge.errors import (
     ForkError,
 )
 from ddpm_edge.images import from_images, to_images
+from ddpm_edge.latency import FILE as LATENCY_FILE
+from ddpm_edge.latency import Latencies, Latency, engine_name, timed
 from ddpm_edge.latents import slerp
 from ddpm_edge.likelihood import Bound, levels, variational_bound
 from ddpm_edge.plan import Plan
@@ -36,11 +38,13 @@ from ddpm_edge.request import (
     Request,
     Step,
     check_dtype,
+    check_milliseconds,
     is_many,
     label_numbers,
 )
 from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
 from ddpm_edge.runtimes import Engine, open_engine
+from ddpm_edge.runtimes.engine_cache import cache_directory
 from ddpm_edge.samplers import inversion
 from ddpm_edge.sampling import Network, enough_memory
 from ddpm_edge.schedule import Schedule
@@ -65,6 +69,8 @@ class Result:
         milliseconds: wall-clock time of the run.
         stopped: whether the callback or the deadline ended it early; the last images are then the
             x0 so far.
+        expected_ms: how long the plan that was chosen for a budget was expected to take,
+            milliseconds; None without a budget.
     """
 
     images: Array
@@ -74,6 +80,7 @@ class Result:
     variant: str
     milliseconds: float
     stopped: bool
+    expected_ms: float | None = None
 
 
 class Generator:
@@ -85,10 +92,13 @@ class Generator:
     works on.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, variant: str) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, variant: str, latencies: Latencies | None = None
+    ) -> None:
         self.bundle = bundle
         self.variant = variant
         self._network: Network | None = Network(engine, bundle.manifest)
+        self._latencies = latencies or Latencies(None, "", engine_name(engine, None))
         self._pid = os.getpid()
         # A plan takes longer to make than a step of the loop to run; the same call makes the same.
         self._remembered_plan = functools.lru_cache(8, typed=True)(bundle.manifest.make_plan)
@@ -128,7 +138,9 @@ class Generator:
         bundle = Bundle.open(path)
         name, engine = open_bundle(bundle, runtime, device, variant, threads, cache_dir, build)
         try:
-            return cls(bundle, engine, name)
+            model = bundle.files[bundle.manifest.variants[name]["file"]]["sha256"]
+            file = cache_directory(cache_dir) / LATENCY_FILE
+            return cls(bundle, engine, name, Latencies(file, model, engine_name(engine, threads)))
         except BaseException:
             engine.close()
             raise
@@ -205,6 +217,26 @@ class Generator:
         with enough_memory(n):
             network(np.zeros((n, *self.sample_shape), np.float32), 1, labels)
 
+    def latency(self, n: int = 1, *, again: bool = False) -> Latency:
+        """How long a step takes on this device for n samples at once, in milliseconds.
+
+        Measured where it is not known, which takes 2 seconds or the time of 40 steps, and
+        remembered in the device's cache until the machine, its power mode or a runtime changes. An
+        app that gives a `budget_ms` calls this when it starts, or its first image waits for it.
+
+        Args:
+            n: samples, or twice as many with guidance.
+            again: measure it even if it is known.
+
+        Raises:
+            OutOfMemoryError: too little memory for n samples at once.
+
+        Warns:
+            CacheWarning: it cannot be remembered.
+        """
+        self._open()
+        return self._latencies.of(checks.whole("n", n), lambda: self._timed(n), again)
+
     def verify(self) -> Iterator[Comparison]:
         """Recompute on this runtime what torch computed when the model was exported.
 
@@ -246,6 +278,7 @@ class Generator:
         dtype: str = "uint8",
         callback: Callback | None = None,
         deadline_ms: float | None = None,
+        budget_ms: float | None = None,
         **options: Any,
     ) -> Result:
         """Make n images and say how.
@@ -273,16 +306,22 @@ class Generator:
             callback: called after every step; returning True stops the run with the x0 so far.
             deadline_ms: milliseconds from the call's start. A step that would end later is not
                 begun, but for the first: the run stops with the x0 so far.
+            budget_ms: milliseconds for which the best plan is taken that is expected to fit, of
+                those that `ddpm-edge tune` measured; in the place of sampler, steps and options.
+                The deadline too, unless another one is given. How long a step takes here must be
+                known: see `latency`.
 
         Raises:
-            ConfigError: an argument that cannot work; nothing has run then.
+            ConfigError: an argument that cannot work, such as a budget that nothing fits into;
+                nothing has run then.
             NonFiniteError: the network answered with NaN or infinity.
             OutOfMemoryError: too little memory for the batch; a smaller one still works.
             ClosedError, ForkError: this Generator cannot be used, or no longer.
         """
-        start = time.perf_counter()
         network, runtime = self._open(), self.runtime
         check_dtype(dtype)
+        if budget_ms is not None:
+            self._check_budget(budget_ms, sampler=sampler, steps=steps, **options)
         request = self._request(
             n,
             sampler,
@@ -296,8 +335,11 @@ class Generator:
             seed=seed,
             first=first,
             batch=network.batch(guidance is not None) if batch is None else batch,
-            deadline_ms=deadline_ms,
+            deadline_ms=budget_ms if deadline_ms is None else deadline_ms,
         )
+        expected_ms = None
+        if budget_ms is not None:
+            request, expected_ms = self._fitting(request, budget_ms)
         images = []
         for made in request.made(network, callback):
             images.append(request.images(made.x0, made.chunk, dtype))
@@ -307,8 +349,9 @@ class Generator:
             plan=request.plan,
             runtime=runtime,
             variant=self.variant,
-            milliseconds=(time.perf_counter() - start) * 1e3,
+            milliseconds=request.deadline.milliseconds(),
             stopped=not made.whole or made.chunk.stop < request.first + request.n,
+            expected_ms=expected_ms,
         )
 
     def stream(
@@ -493,9 +536,13 @@ class Generator:
             **options: see `plan`.
         """
         started = time.perf_counter()
-        for name in ("task", "latents"):
+        for name, reason in (
+            ("task", "it starts from its two images"),
+            ("latents", "it starts from its two images"),
+            ("budget_ms", "both ways need the same steps; give steps and deadline_ms"),
+        ):
             if name in options:
-                raise ConfigError(f"interpolate takes no {name}: it starts from its two images")
+                raise ConfigError(f"interpolate takes no {name}: {reason}")
         n = checks.whole("n", n, least=2)
         ends = np.concatenate([self._one_state(a, "a"), self._one_state(b, "b")])
         half = None if deadline_ms is None else checks.number("deadline_ms", deadline_ms) / 2
@@ -615,6 +662,48 @@ class Generator:
         with enough_memory(1 if n is None else n):
             return Request.of(self.bundle.manifest, n, plan=plan, **call)
 
+    def _check_budget(self, budget_ms: float, **plan: Any) -> None:
+        """Raise ConfigError unless the best plan within a budget can be asked for."""
+        check_milliseconds("budget_ms", budget_ms)
+        given = [k for k, v in plan.items() if v is not None or k not in ("sampler", "steps")]
+        if given:
+            raise ConfigError(
+                f"budget_ms chooses the plan; leave {', '.join(given)} out, or give deadline_ms"
+            )
+        if self.bundle.manifest.tuned is None:
+            raise ConfigError(
+                f"budget_ms needs to know how good plans are, and the bundle "
+                f"{self.bundle.manifest.name!r} does not say: `ddpm-edge tune` measures it"
+            )
+
+    def _fitting(self, request: Request, budget_ms: float) -> tuple[Request, float]:
+        """The request by the best plan that fits, and the milliseconds that it should take."""
+        sizes, twice = [len(c) for c in request.chunks()], 1 if request.guidance is None else 2
+        before = time.perf_counter()
+        known = {size: self.latency(size * twice) for size in set(sizes)}
+        request.deadline.pause(time.perf_counter() - before)
+        request.deadline.step_s |= {size: latency.step_ms / 1e3 for size, latency in known.items()}
+        tuned = self.bundle.manifest.tuned
+        expected_ms = 0.0
+        for candidate in reversed(tuned.front() if tuned else []):
+            plan = self._plan_from(request.known, None, None, dict(candidate.plan))
+            expected_ms = sum(known[size].of(plan.evaluations) for size in sizes)
+            if expected_ms <= budget_ms:
+                return request.with_plan(plan), expected_ms
+        images = f"{request.n} image{'s' * (request.n > 1)}"
+        raise ConfigError(
+            f"budget_ms {budget_ms:g} is too little: the least here is {expected_ms:.3g} ms, for "
+            f"{images} by {plan.name}; give more, or ask for fewer images"
+        )
+
+    def _timed(self, n: int) -> Latency:
+        """What n samples took now."""
+        label = 0 if self.class_names else None  # not every model can do without
+        request = self._request(n, None, None, {}, label=label, seed=0)
+        (chunk,) = request.chunks()
+        steps = request.states(self._open(), chunk, request.start(chunk))
+        return timed(lambda: request.images(request.start(chunk), chunk, "uint8"), steps)
+
     def _one_state(self, image: Any, name: str) -> Float32:
         """One image as a state, float32 (1, C, H, W)."""
         states = from_images(image, self.sample_shape, name)
@@ -651,11 +740,11 @@ class Generator:
         self, known: Known, sampler: str | None, steps: int | None, options: dict[str, Any]
     ) -> Plan:
         """The plan from where a task begins."""
+        arguments = {"sampler": sampler, "steps": steps} | options
         if known.strength == 0.0:
-            self.plan(sampler, steps, **options)  # what cannot work is refused here as well
+            self.plan(**arguments)  # what cannot work is refused here as well
             return Plan.empty("no steps")
         start = max(1, round(known.strength * self.schedule.T))
-        arguments = {"sampler": sampler, "steps": steps} | options
         try:
             return self._remembered_plan(start, **arguments)
         except TypeError:  # a list of timesteps cannot be looked up

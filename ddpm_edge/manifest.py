@@ -16,6 +16,7 @@ from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.plan import Plan, check_prediction
 from ddpm_edge.samplers import DEFAULT_SPACING, VARIANCES, make_plan, override, timesteps
 from ddpm_edge.schedule import Schedule
+from ddpm_edge.tuned import Tuned
 
 FORMAT = 1
 MANIFEST = "bundle.json"
@@ -42,6 +43,7 @@ class Manifest:
         licence: SPDX name for the weights.
         variance: what sampler "ddpm" takes unless told otherwise, "beta" or "beta-tilde".
         has_null_label: whether a model with labels also knows "no label": their number.
+        tuned: how good plans are, where that was measured.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Manifest:
     licence: str = ""
     variance: str = "beta"
     has_null_label: bool = True
+    tuned: Tuned | None = None
 
     @property
     def null_label(self) -> int | None:
@@ -144,6 +147,7 @@ class Manifest:
             "variants": {name: dict(variant) for name, variant in self.variants.items()},
             "training": dict(self.training),
             "licence": self.licence,
+            **({} if self.tuned is None else {"tuned": self.tuned.to_dict()}),
         }
 
     @classmethod
@@ -182,6 +186,9 @@ class Manifest:
                 licence=typed(document["licence"], str),
                 variance=typed(document.get("variance", "beta"), str),  # older bundles: none
                 has_null_label=document["null_label"] is not None or not document["class_names"],
+                tuned=Tuned.from_dict(typed(document["tuned"], dict))
+                if "tuned" in document
+                else None,
             )
             expected = {
                 "value_range": (document["value_range"], [-1.0, 1.0]),
@@ -194,6 +201,8 @@ class Manifest:
             known_keys("timestep.", document["timestep"], understood["timestep"])
             check_prediction(manifest.prediction, manifest.schedule)
             manifest.make_plan()  # found now, not at the first image
+            for tuned in manifest.tuned.plans if manifest.tuned else ():
+                manifest.make_plan(**tuned.plan)
         except KeyError as error:
             raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
         except (TypeError, ConfigError) as error:

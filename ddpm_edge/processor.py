@@ -8,6 +8,8 @@ import os
 import platform
 
 CPUINFO = "/proc/cpuinfo"  # Linux
+# What sets the clocks: the mode of a Jetson, by number, and Linux's governor of the first CPU.
+POWER_FILES = ("/var/lib/nvpmodel/status", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def name() -> str:
@@ -27,6 +29,15 @@ def cpus() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use all of them
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def power_mode() -> str:
+    """What the system says of it, such as "pmode:0002 schedutil"; empty = nothing."""
+    said = []
+    for path in POWER_FILES:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            said += file.readline(200).split()
+    return " ".join(word for word in said if not word.startswith("fmode:"))  # that is the fan
 
 
 @functools.cache  # with many CPUs Linux takes milliseconds to write it, and every engine asks

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,23 +51,37 @@ Callback = Callable[[Step], object]
 
 
 class Deadline:
-    """When a call must be done, in milliseconds from now; None = whenever."""
+    """When a call must be done, in milliseconds from now; None = whenever.
+
+    `step_s` says how long a step of so many samples takes, seconds, where that is known.
+    """
 
     def __init__(self, milliseconds: float | None) -> None:
-        self.before = time.perf_counter()
+        self.step_s: dict[int, float] = {}
+        self.start = self.before = time.perf_counter()
         self.end = np.inf
         if milliseconds is not None:
-            if not 0.0 < checks.number("deadline_ms", milliseconds) < np.inf:
-                raise ConfigError(
-                    f"deadline_ms must be a number of milliseconds above 0; got {milliseconds!r}"
-                )
-            self.end = self.before + milliseconds / 1e3
+            self.end = self.start + check_milliseconds("deadline_ms", milliseconds) / 1e3
 
-    def near(self) -> bool:
-        """Whether another step like the one since the last call would end after it."""
+    def pause(self, seconds: float) -> None:
+        """Do not count the last so many seconds."""
+        self.start += seconds
+        self.before += seconds
+        self.end += seconds
+
+    def milliseconds(self) -> float:
+        """How long the call has taken."""
+        return (time.perf_counter() - self.start) * 1e3
+
+    def near(self, samples: int = 0) -> bool:
+        """Whether another step would end after it.
+
+        It takes as long as has passed since the last call; the first step of another batch, of so
+        many `samples`, as long as is known of such a batch.
+        """
         now = time.perf_counter()
         step, self.before = now - self.before, now
-        return now + step > self.end
+        return now + self.step_s.get(samples, step) > self.end
 
 
 class Made(NamedTuple):
@@ -168,9 +183,17 @@ class Request:
             sample_shape=manifest.sample_shape,
             deadline=deadline,
         )
-        if known.measurement is not None:
-            known.measurement.check(request.plan)
-        return request
+        return request.with_plan(request.plan)
+
+    def with_plan(self, plan: Plan) -> Request:
+        """The same call by another plan.
+
+        Raises:
+            ConfigError: it cannot do what is asked.
+        """
+        if self.known.measurement is not None:
+            self.known.measurement.check(plan)
+        return replace(self, plan=plan)
 
     def chunks(self) -> list[range]:
         """The sample indices of each batch."""
@@ -208,14 +231,16 @@ class Request:
             raise ConfigError(
                 f"callback must be a function of a Step; got {checks.shown(callback)}"
             )
-        for chunk in self.chunks():
+        chunks = self.chunks()
+        for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=range(0)):
             x, state, asked, late = self.start(chunk), None, False, False
             for state in self.states(network, chunk, x):
                 x = state.x
                 if callback is not None:
                     answer = callback(self.step(state, chunk))
                     asked = isinstance(answer, (bool, np.bool_)) and bool(answer)
-                late = self.deadline.near()
+                last = state.index + 1 == len(self.plan)
+                late = self.deadline.near(len(following) if last else 0)
                 if asked or late:
                     break
             whole = not asked and (state is None or state.index + 1 == len(self.plan))
@@ -267,6 +292,17 @@ class Request:
     def images(self, x: Array, chunk: range, dtype: str) -> Array:
         """The images of these states (see `to_images`)."""
         return to_images(self.finish(x, chunk), dtype)
+
+
+def check_milliseconds(name: str, value: Any) -> float:
+    """`value`, if it is a time to keep to.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0.0 < checks.number(name, value) < np.inf:
+        raise ConfigError(f"{name} must be a number of milliseconds above 0; got {value!r}")
+    return float(value)
 
 
 def check_dtype(dtype: Any) -> None:

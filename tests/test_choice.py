@@ -16,7 +16,7 @@ from ddpm_edge.bench import BatchReport, Report, choose
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.cli import main
 from ddpm_edge.errors import CacheWarning, EngineError, RuntimeUnavailableError
-from ddpm_edge.runtimes import RUNTIMES, choice, open_engine, select
+from ddpm_edge.runtimes import RUNTIMES, choice, measured, open_engine, select
 
 MODEL = b"a model"
 
@@ -117,6 +117,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     [
         {"processor": "another"},
         {"cpus": 1000},
+        {"power_mode": "another"},
         {"versions": {"onnxruntime": "1.0"}},
     ],
 )
@@ -126,8 +127,8 @@ def test_another_machine_or_version_is_another_matter(
     assert choice.remember(tmp_path, MODEL, None, {"a": 2.0, "b": 1.0}) == "b"
     assert choice.remembered(tmp_path, MODEL, None) == {"a": 2.0, "b": 1.0}
     assert choice.remembered(tmp_path, MODEL + b"2", None) == {}
-    now = choice.machine() | changed
-    monkeypatch.setattr(choice, "machine", lambda: now)
+    now = measured.machine() | changed
+    monkeypatch.setattr(measured, "machine", lambda: now)
     assert choice.remembered(tmp_path, MODEL, None) == {}
 
 

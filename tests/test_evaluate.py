@@ -14,7 +14,14 @@ from ddpm_edge import Bundle, Generator
 from ddpm_edge.cli import main
 from ddpm_edge.data import FASHION_MNIST_PATH, Dataset, load
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.evaluate import Evaluation, _in_turn, _mixed, compare, evaluate, read_report
+from ddpm_edge.evaluate import (
+    Evaluation,
+    _in_turn,
+    compare,
+    evaluate,
+    mixed_images,
+    read_report,
+)
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.report import write_report
 
@@ -49,11 +56,11 @@ def test_labels_are_dealt_in_turn(toy: Generator) -> None:
 def test_the_floor_has_labels_as_the_samples_have(toy: Generator) -> None:
     names = toy.class_names
     train = Dataset("sorted", data(100).images, np.repeat(np.arange(10), 10), names)
-    chosen = _in_turn(_mixed(train, toy, "training", 25), names, 25)
+    chosen = _in_turn(mixed_images(train, toy, "training", 25), names, 25)
     assert chosen.labels is not None
     assert chosen.labels.tolist() == [i % 10 for i in range(25)]
     assert len({image.tobytes() for image in chosen.images}) == 25
-    mixed = _mixed(train, toy, "test", 100)
+    mixed = mixed_images(train, toy, "test", 100)
     assert mixed.labels is not None
     assert mixed.labels.tolist() != sorted(mixed.labels.tolist())
 

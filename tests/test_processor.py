@@ -49,3 +49,13 @@ def test_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cpus() -> None:
     assert 1 <= processor.cpus() <= (os.cpu_count() or 1)
+
+
+def test_power_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, governor = tmp_path / "status", tmp_path / "governor"
+    monkeypatch.setattr(processor, "POWER_FILES", (str(status), str(governor)))
+    assert processor.power_mode() == ""
+    status.write_text("pmode:0002 fmode:cool\n")
+    assert processor.power_mode() == "pmode:0002"
+    governor.write_text("schedutil\n")
+    assert processor.power_mode() == "pmode:0002 schedutil"

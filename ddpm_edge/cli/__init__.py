@@ -19,6 +19,7 @@ from ddpm_edge.cli.info import info
 from ddpm_edge.cli.restore import inpaint, upscale, vary
 from ddpm_edge.cli.sample import sample
 from ddpm_edge.cli.train import train
+from ddpm_edge.cli.tune import tune
 from ddpm_edge.cli.verify import verify
 from ddpm_edge.errors import ConfigError, DdpmEdgeError
 
@@ -50,7 +51,7 @@ def main(verbose: bool) -> None:
 
 
 for command in (
-    train, export, sample, inpaint, upscale, vary, info, verify, evaluate, bench, build, cache,
-    doctor,
+    train, export, sample, inpaint, upscale, vary, info, verify, evaluate, tune, bench, build,
+    cache, doctor,
 ):  # fmt: skip
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`ddpm-edge cache`: the engines that were built on this device."""
+"""`ddpm-edge cache`: what was built and measured on this device."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 import click
 
 from ddpm_edge.cli.options import cache_option
+from ddpm_edge.latency import FILE as LATENCY_FILE
 from ddpm_edge.runtimes import choice
 from ddpm_edge.runtimes.engine_cache import EngineCache, cache_directory
+from ddpm_edge.runtimes.measured import Measured
 
 
 @click.group()
 def cache() -> None:
-    """List or remove the engines that were built on this device.
+    """List or remove the engines that were built on this device, and what was measured here.
 
     Example:  ddpm-edge cache list
     """
@@ -24,12 +26,13 @@ def cache() -> None:
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def list_(cache_dir: Path | None, as_json: bool) -> None:
-    """List the engines in the cache, the newest last, and what `bench --choose` found.
+    """List the engines in the cache, the newest last, and what was measured.
 
     Example:  ddpm-edge cache list --json
     """
     directory = cache_directory(cache_dir)
     entries, measured = EngineCache(directory).entries(), choice.listed(directory)
+    latencies = list(Measured(directory / LATENCY_FILE).listed())
     if as_json:
         rows = [
             entry.key.to_dict()
@@ -37,7 +40,10 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
             for entry in entries
         ]
         fastest = [dict(zip(("model", "device", "runtime"), r, strict=True)) for r in measured]
-        click.echo(json.dumps({"directory": str(directory), "engines": rows, "fastest": fastest}))
+        document = {"directory": str(directory), "engines": rows, "fastest": fastest} | {
+            "latencies": [{"model": m, "engine": engine} | r for m, engine, r in latencies]
+        }
+        click.echo(json.dumps(document))
         return
     for entry in entries:
         key = entry.key
@@ -49,6 +55,8 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
         )
     for model, device, runtime in measured:
         click.echo(f"model {model[:12]}, device {device}: {runtime} is the fastest")
+    for model, engine, record in latencies:
+        click.echo(f"model {model[:12]}, {engine}: {record.get('step_ms')} ms a step")
     total = sum(entry.size for entry in entries)
     click.echo(f"{_engines(len(entries))}, {total / 1e6:.1f} MB in {directory}")
 
@@ -56,13 +64,14 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
 @cache.command()
 @cache_option
 def clear(cache_dir: Path | None) -> None:
-    """Remove the engines, and what `bench --choose` remembered, and nothing else.
+    """Remove the engines, and what was measured, and nothing else.
 
     Example:  ddpm-edge cache clear
     """
     directory = cache_directory(cache_dir)
     engines, size = EngineCache(directory).clear()
     choice.forget(directory)
+    Measured(directory / LATENCY_FILE).forget()
     click.echo(f"{_engines(engines)}, {size / 1e6:.1f} MB removed from {directory}")
 
 

@@ -10,38 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddpm_edge import Generator
-from ddpm_edge.cli.options import plan_options, runtime_options
+from ddpm_edge.cli.options import judging_options, plan_options, runtime_options
 from ddpm_edge.cli.output import Progress
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.files import check_writable
 
 if TYPE_CHECKING:
     from ddpm_edge.data import Dataset
+    from ddpm_edge.features import FeatureNetwork
 
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    required=True,
-    help="fashion-mnist, a folder of images or IDX files, or an .npz or .npy file.",
-)
-@click.option("--size", help="Bring every image to this size: 64, or 48x64 (height x width).")
-@click.option(
-    "--val",
-    "share",
-    type=float,
-    help="--val of the training, where the data have no test images of their own.",
-)
-@click.option("--split-seed", type=int, default=0, show_default=True, help="--seed of that train.")
-@click.option(
-    "--features",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="ONNX model that sees the images.  [default: the built-in one, for Fashion-MNIST]",
-)
-@click.option("-n", "count", type=int, default=1000, show_default=True, help="Number of samples.")
-@click.option("--seed", type=int, default=0, show_default=True, help="0 to 2**64 - 1.")
-@click.option("--guidance", type=float, help="Scale of guidance towards the label; 1 = none.")
+@judging_options
 @click.option(
     "--likelihood",
     "likelihood_images",
@@ -73,11 +54,7 @@ if TYPE_CHECKING:
 @runtime_options
 def evaluate(
     bundle: Path | None,
-    data: str,
-    size: str | None,
-    share: float | None,
-    split_seed: int,
-    features: Path | None,
+    real: dict[str, Any],
     count: int,
     seed: int,
     guidance: float | None,
@@ -98,20 +75,16 @@ def evaluate(
     """
     from ddpm_edge import evaluate as evaluation
     from ddpm_edge import report
-    from ddpm_edge.data import FASHION_MNIST, parse_size
-    from ddpm_edge.features import FeatureNetwork
 
     if output is not None:
         check_writable(output)
     earlier = None if compare is None else evaluation.read_report(compare.read_bytes())
-    train, test = _images(data, None if size is None else parse_size(size), share, split_seed)
+    train, test = real_images(real)
     with contextlib.ExitStack() as stack:
         generator = stack.enter_context(Generator.load(bundle, **where))
-        network = None
-        if features is not None:
-            network = stack.enter_context(FeatureNetwork(features))
-        elif data == FASHION_MNIST and generator.sample_shape == (1, 28, 28):
-            network = stack.enter_context(FeatureNetwork.fashion_mnist())
+        network = feature_network(real, generator)
+        if network is not None:
+            stack.enter_context(network)
         progress = stack.enter_context(Progress("evaluate", speak=not as_json))
         found = evaluation.evaluate(
             generator, test, train, n=count, seed=seed, features=network, guidance=guidance,
@@ -143,12 +116,12 @@ def evaluate(
     click.echo(f"Next: the same with another --steps and --compare {output / 'report.json'}")
 
 
-def _images(
-    data: str, size: tuple[int, int] | None, share: float | None, seed: int
-) -> tuple[Dataset, Dataset]:
-    """The images for training and for testing."""
-    from ddpm_edge.data import has_test_images, load, split
+def real_images(real: dict[str, Any]) -> tuple[Dataset, Dataset]:
+    """The images for training and for testing, by `judging_options`."""
+    from ddpm_edge.data import has_test_images, load, parse_size, split
 
+    data, size, share = (real[name] for name in ("data", "size", "share"))
+    size = None if size is None else parse_size(size)
     train = load(data, size=size)
     if has_test_images(data):
         return train, load(data, "test", size=size)
@@ -157,4 +130,16 @@ def _images(
             f"{data} has no test images of its own; give --val (and --split-seed) as train had it: "
             "a model is better on the images that it was trained with"
         )
-    return split(train, share, seed)
+    return split(train, share, real["split_seed"])
+
+
+def feature_network(real: dict[str, Any], generator: Generator) -> FeatureNetwork | None:
+    """What sees the images, by `judging_options`; None = nothing. To be closed."""
+    from ddpm_edge.data import FASHION_MNIST
+    from ddpm_edge.features import FeatureNetwork
+
+    if real["features"] is not None:
+        return FeatureNetwork(real["features"])
+    if real["data"] == FASHION_MNIST and generator.sample_shape == (1, 28, 28):
+        return FeatureNetwork.fashion_mnist()
+    return None

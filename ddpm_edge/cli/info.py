@@ -58,6 +58,9 @@ def info(
         "licence": manifest.licence or "not stated",
         "digest": opened.digest,
     }
+    if manifest.tuned is not None:
+        front = ", ".join(f"{p.evaluations}: {p.value:.3g}" for p in manifest.tuned.front())
+        rows["tuned"] = f"{manifest.tuned.figure} by evaluations, {front}"
     rows |= {f"trained: {key}": value for key, value in manifest.training.items()}
     for variant, entry in manifest.variants.items():
         for what, figure in entry.get("parity", {}).items():

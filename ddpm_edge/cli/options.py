@@ -22,8 +22,9 @@ PLAN_OPTIONS = (
 WHERE_OPTIONS = ("runtime", "device", "variant", "threads", "cache_dir", "build")
 IMAGE_OPTIONS = (
     "output", "labels", "guidance", "guidance_interval", "seed", "first", "batch", "deadline_ms",
-    "as_json",
+    "budget_ms", "as_json",
 )  # fmt: skip
+REAL_OPTIONS = ("data", "size", "share", "split_seed", "features")
 
 
 cache_option = click.option(
@@ -93,11 +94,56 @@ def image_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--deadline-ms", type=float, help="Stop after so many milliseconds with what there is."
     )
+    @click.option(
+        "--budget-ms",
+        type=float,
+        help="Take the best of the plans that `tune` measured that fits into so many milliseconds.",
+    )
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
     @functools.wraps(command)
     def gathered(**given: Any) -> None:
         wanted = {name: given.pop(name) for name in IMAGE_OPTIONS}
         command(wanted=wanted, **given)
+
+    return gathered
+
+
+def judging_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that hold samples against real images.
+
+    The command gets `count`, `seed` and `guidance` of the samples, and as the dict `real` what the
+    images are and what sees them.
+    """
+
+    @click.option(
+        "--data",
+        required=True,
+        help="fashion-mnist, a folder of images or IDX files, or an .npz or .npy file.",
+    )
+    @click.option("--size", help="Bring every image to this size: 64, or 48x64 (height x width).")
+    @click.option(
+        "--val",
+        "share",
+        type=float,
+        help="--val of the training, where the data have no test images of their own.",
+    )
+    @click.option(
+        "--split-seed", type=int, default=0, show_default=True, help="--seed of that train."
+    )
+    @click.option(
+        "--features",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="ONNX model that sees the images.  [default: the built-in one, for Fashion-MNIST]",
+    )
+    @click.option(
+        "-n", "count", type=int, default=1000, show_default=True, help="Number of samples."
+    )
+    @click.option("--seed", type=int, default=0, show_default=True, help="0 to 2**64 - 1.")
+    @click.option("--guidance", type=float, help="Scale of guidance towards the label; 1 = none.")
+    @functools.wraps(command)
+    def gathered(**given: Any) -> None:
+        real = {name: given.pop(name) for name in REAL_OPTIONS}
+        command(real=real, **given)
 
     return gathered
 

@@ -71,6 +71,7 @@ def make_images(
             result = generator.run(count, label=dealt, task=task, callback=show, **options, **plan)
         save(result.images)
     seconds = result.milliseconds / 1e3
+    expected = None if result.expected_ms is None else result.expected_ms / 1e3
     if as_json:
         report = {
             "output": str(output),
@@ -82,6 +83,7 @@ def make_images(
             "variant": result.variant,
             "seconds": round(seconds, 3),
             "stopped": result.stopped,
+            "expected_seconds": None if expected is None else round(expected, 3),
         }
         click.echo(json.dumps(report))
         return
@@ -91,6 +93,7 @@ def make_images(
         f"seed {result.seed}{stopped}\n"
         f"{result.plan.name}, {result.variant}, {result.runtime}: {seconds:.2f} s, "
         f"{seconds / len(result.images):.3f} s an image"
+        + ("" if expected is None else f", {expected:.3f} s expected")
     )
     click.echo(f"Next: {command_line('info', *([bundle] if bundle else []))}")
 

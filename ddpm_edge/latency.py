@@ -1,0 +1,124 @@
+"""How long a step takes on this device: measured once for each batch, then remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_edge import checks
+from ddpm_edge.errors import CacheWarning, ConfigError, RuntimeUnavailableError, warn
+from ddpm_edge.runtimes import Engine, cuda
+from ddpm_edge.runtimes.measured import Measured
+
+FILE = "latency.json"
+STEPS = 10  # of a run, at most
+RUNS, LEAST_RUNS, SECONDS = 10, 3, 2.0  # as many runs, or fewer if they take longer than that
+KEPT = 90  # per cent of the runs took no longer
+
+log = logging.getLogger("ddpm_edge")
+
+
+class Latency(NamedTuple):
+    """Milliseconds that a batch takes; nine runs of ten took no longer.
+
+    Attributes:
+        call_ms: what is done once: the draws to start from, the images in the end.
+        step_ms: a step, with one evaluation of the network.
+    """
+
+    call_ms: float
+    step_ms: float
+
+    def of(self, evaluations: int) -> float:
+        """Milliseconds of a plan."""
+        return self.call_ms + evaluations * self.step_ms
+
+
+class Latencies:
+    """The latencies of one engine, by batch; threads may share it.
+
+    Args:
+        file: where they are remembered; None = only here.
+        model: SHA-256 of the ONNX file.
+        engine: what else they depend on besides the machine, such as "onnxruntime on cpu".
+    """
+
+    def __init__(self, file: Path | None, model: str, engine: str) -> None:
+        self._measured = None if file is None else Measured(file)
+        self._model, self._engine = model, engine
+        self._known: dict[int, Latency] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def of(self, batch: int, run: Callable[[], Latency], again: bool = False) -> Latency:
+        """The latency of a batch; `run` takes the times of one run where it must be measured.
+
+        Warns:
+            CacheWarning: it cannot be remembered.
+        """
+        with self._one_at_a_time:
+            if again or batch not in self._known:
+                run()  # to warm up
+                recalled = None if again else self._recalled(batch)
+                self._known[batch] = recalled or measure(run)
+                if recalled is None:
+                    self._remember(batch)
+            return self._known[batch]
+
+    def _key(self, batch: int) -> str:
+        return f"{self._engine}, batch {batch}"
+
+    def _recalled(self, batch: int) -> Latency | None:
+        record = self._measured.find(self._model, self._key(batch)) if self._measured else {}
+        try:
+            found = Latency(*(checks.number(name, record[name]) for name in Latency._fields))
+        except (KeyError, ConfigError):  # never measured, or damaged
+            return None
+        return found if 0 <= found.call_ms < np.inf and 0 < found.step_ms < np.inf else None
+
+    def _remember(self, batch: int) -> None:
+        latency = self._known[batch]
+        log.info("%s: %.3g ms a step here", self._key(batch), latency.step_ms)
+        if self._measured is None:
+            return
+        try:
+            self._measured.note(self._model, self._key(batch), latency._asdict())
+        except OSError as error:
+            warn(f"latencies cannot be remembered in {self._measured.file} ({error})", CacheWarning)
+
+
+def engine_name(engine: Engine, threads: int | None) -> str:
+    """What a latency depends on besides the model and the machine."""
+    words = [f"{engine.runtime} on {engine.device}"]
+    if engine.device.startswith("cuda"):
+        with contextlib.suppress(RuntimeUnavailableError):  # ONNX Runtime needs no cuda-bindings
+            words.append(cuda.gpu(engine.device).name)
+    if threads is not None:
+        words.append(f"{threads} threads")
+    return ", ".join(words)
+
+
+def measure(run: Callable[[], Latency]) -> Latency:
+    """What nine runs of ten keep."""
+    end = time.perf_counter() + SECONDS
+    runs: list[Latency] = []
+    while len(runs) < RUNS and (len(runs) < LEAST_RUNS or time.perf_counter() < end):
+        runs.append(run())
+    return Latency(*np.percentile(runs, KEPT, axis=0).tolist())
+
+
+def timed(start: Callable[[], object], steps: Iterable[object]) -> Latency:
+    """The times of one run: of `start`, and of one of the first `steps`."""
+    before = time.perf_counter()
+    start()
+    begun = time.perf_counter()
+    count = sum(1 for _ in itertools.islice(steps, STEPS))
+    ended = time.perf_counter()
+    return Latency((begun - before) * 1e3, (ended - begun) / count * 1e3)

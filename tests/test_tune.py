@@ -1,0 +1,439 @@
+"""How good fewer steps are, how long they take, and the best plan that fits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import ToyEngine, rewrite
+
+from ddpm_edge import Bundle, Generator, Mask, Restore, Vary
+from ddpm_edge.cli import main
+from ddpm_edge.data import Dataset
+from ddpm_edge.errors import BundleError, CacheWarning, ConfigError
+from ddpm_edge.evaluate import FRECHET, evaluate
+from ddpm_edge.features import BUILT_IN as FEATURES
+from ddpm_edge.features import FeatureNetwork
+from ddpm_edge.latency import FILE, Latencies, Latency, measure
+from ddpm_edge.runtimes import measured
+from ddpm_edge.tune import STEPS, front_png, grid, tune, write_tuned
+from ddpm_edge.tuned import Tuned, TunedPlan, pareto
+
+VALUES = {1: 9.0, 2: 4.0, 4: 2.0, 5: 2.5, 10: 1.0, 20: 1.1, 40: 0.5}  # of a figure, by steps
+TUNED = Tuned(
+    "Frechet distance",
+    {"n": 100},
+    tuple(TunedPlan({"sampler": "ddim", "steps": n}, n, v, 0.1) for n, v in VALUES.items()),
+)
+FRONT = (1, 2, 4, 10, 40)
+
+
+class Clock:
+    """What `time.perf_counter` says; an engine turns it on by 10 ms an image and call."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class Timed(ToyEngine):
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.pace = clock, 1.0
+
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.clock.seconds += 0.010 * self.pace * len(arrays["x"])
+        return super().__call__(arrays)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(time, "perf_counter", found)
+    return found
+
+
+@pytest.fixture
+def engine(clock: Clock) -> Timed:
+    return Timed(clock)
+
+
+@pytest.fixture
+def tuned(engine: Timed) -> Generator:
+    bundle = Bundle.open()
+    return Generator(
+        replace(bundle, manifest=replace(bundle.manifest, tuned=TUNED)), engine, "fp32"
+    )
+
+
+# What a bundle says of its plans
+
+
+def test_the_front_is_what_no_cheaper_plan_is_as_good_as() -> None:
+    assert [plan.evaluations for plan in TUNED.front()] == list(FRONT)
+    rng = np.random.default_rng(0)
+    plans = [
+        TunedPlan({}, int(n), float(v), 0.0)
+        for n, v in zip(rng.integers(1, 20, 60), rng.integers(0, 30, 60), strict=True)
+    ]
+    front = pareto(plans)
+    for plan in plans:  # by the definition
+        beaten = any(
+            (p.evaluations <= plan.evaluations and p.value < plan.value)
+            or (p.evaluations < plan.evaluations and p.value <= plan.value)
+            for p in plans
+        )
+        assert beaten or any(p[1:3] == plan[1:3] for p in front)
+        assert not (beaten and plan in front)
+    assert len({p[1:3] for p in front}) == len(front)
+
+
+def test_it_goes_into_a_bundle_and_out_again(tmp_path: Path, copy: Path) -> None:
+    built_in = Bundle.open(copy)
+    before = built_in.digest
+    written = write_tuned(built_in, TUNED, tmp_path / "tuned")
+    assert written.manifest.tuned == TUNED
+    assert written.files == built_in.files
+    one, other = (replace(b.manifest, tuned=None) for b in (written, built_in))
+    assert one.to_dict() == other.to_dict()
+    assert Bundle.open(copy).digest == before
+    again = write_tuned(written, replace(TUNED, figure="another"), tmp_path / "tuned")
+    assert again.manifest.tuned is not None
+    assert again.manifest.tuned.figure == "another"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("plans", [], "a list of 1 to 100 plans"),
+        ("plans", {}, "a list of 1 to 100 plans"),
+        ("plans", [{}], "must have plan, evaluations, value, standard_error"),
+        ("plans", [3], "must have plan"),
+        ("figure", 3, "tuned.figure must be text"),
+        ("settings", [], "tuned.settings"),
+        ("more", 1, "must have figure, settings and plans"),
+    ],
+)
+def test_what_is_no_such_part(copy: Path, field: str, value: Any, message: str) -> None:
+    document = TUNED.to_dict() | {field: value}
+    rewrite(copy, tuned=document)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("evaluations", 0, "evaluations must be a whole number >= 1"),
+        ("value", "1", "value must be a number"),
+        ("value", True, "value must be a number"),
+        ("plan", [], "a plan must be an object"),
+        ("plan", {"sampler": "ddim", "steps": 1001}, "1001"),
+        ("plan", {"sampler": "dimm"}, "did you mean 'ddim'"),
+    ],
+)
+def test_what_is_no_such_plan(copy: Path, field: str, value: Any, message: str) -> None:
+    document = TUNED.to_dict()
+    document["plans"][0][field] = value
+    rewrite(copy, tuned=document)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(copy)
+
+
+# How good plans are
+
+
+def test_grid() -> None:
+    manifest = Bundle.open().manifest
+    plans = grid(manifest)
+    assert [plan["steps"] for plan in plans] == list(STEPS)
+    assert all(plan | {"steps": 20} == dict(manifest.plan) for plan in plans)
+    two = grid(manifest, ["ddim", "unipc"], [3, 7])
+    assert [(plan["sampler"], plan["steps"]) for plan in two] == [
+        ("ddim", 3), ("ddim", 7), ("unipc", 3), ("unipc", 7),
+    ]  # fmt: skip
+    for samplers, steps, message in (
+        (["dimm"], [3], "did you mean 'ddim'"),
+        ([], [0], "steps must be a whole number >= 1; got 0"),
+        ([], [1001], "1001"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            grid(manifest, samplers, steps)
+
+
+def images(n: int = 120) -> Dataset:
+    found = np.random.default_rng(0).integers(0, 256, (n, 1, 28, 28)).astype(np.uint8)
+    return Dataset("random", found)
+
+
+def test_a_plan_is_as_good_as_evaluate_says(toy: Generator) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("scipy")
+    plans = grid(toy.bundle.manifest, ["ddim"], [1, 3])
+    told: list[float] = []
+    with FeatureNetwork.fashion_mnist() as network:
+        found = tune(
+            toy, images(), network, plans, n=110, seed=2, guidance=1.5,
+            progress=lambda share, _: told.append(share),
+        )  # fmt: skip
+        for plan in found.plans:
+            figures = evaluate(
+                toy, images(), n=110, seed=2, features=network, likelihood_images=0, guidance=1.5,
+                **plan.plan,
+            ).figures  # fmt: skip
+            assert plan.value == figures[FRECHET].value
+            assert plan.standard_error == figures[FRECHET].standard_error
+    assert [plan.evaluations for plan in found.plans] == [1, 3]
+    assert found.settings["n"] == 110
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    Tuned.from_dict(json.loads(json.dumps(found.to_dict())))
+
+
+def test_what_cannot_be_tuned(toy: Generator) -> None:
+    pytest.importorskip("onnxruntime")
+    with FeatureNetwork.fashion_mnist() as network:
+        for arguments, message in (
+            ({"n": 121}, "121 test images are needed, random has 120"),
+            ({"n": 100}, "100 images are too few for the covariance of 96 features; give n >= 108"),
+            ({"n": 5}, "n must be a whole number >= 10"),
+            ({"plans": [{}] * 101}, "plans must be at most 100; got 101"),
+            ({"n": 110, "seed": -1}, "seed"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                tune(toy, images(), network, **arguments)  # type: ignore[arg-type]
+    assert not toy._network.engine.calls  # type: ignore[union-attr,attr-defined]
+
+
+# How long they take
+
+
+def test_a_latency_is_what_nine_runs_of_ten_keep() -> None:
+    runs = iter(Latency(float(i), 10.0 * i) for i in (3, 1, 2, 5, 4, 9, 8, 7, 6, 10))
+    found = measure(lambda: next(runs))
+    assert (found.call_ms, found.step_ms) == pytest.approx((9.1, 91.0))
+    assert found.of(3) == pytest.approx(9.1 + 273)
+
+
+def test_measuring_ends(clock: Clock) -> None:
+    def slow() -> Latency:
+        clock.seconds += 5.0
+        return Latency(1.0, 500.0)
+
+    assert measure(slow) == (1.0, 500.0)
+    assert clock.seconds == 115.0
+
+
+def test_latencies_are_measured_once(tuned: Generator, engine: Timed) -> None:
+    assert tuned.latency(2).step_ms == pytest.approx(20.0)
+    calls = len(engine.calls)
+    assert calls == 110  # one run to warm up and ten that are measured, of ten steps
+    assert tuned.latency(2).call_ms == 0.0
+    assert len(engine.calls) == calls
+    engine.pace = 3.0
+    assert tuned.latency(2, again=True).step_ms == pytest.approx(60.0)
+    assert tuned.latency(3).step_ms == pytest.approx(90.0)
+    with pytest.raises(ConfigError, match="n must be a whole number"):
+        tuned.latency(0)
+
+
+def latencies(folder: Path, model: str = "model", engine: str = "a runtime") -> Latencies:
+    return Latencies(folder / FILE, model, engine)
+
+
+def test_latencies_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = Latency(1.0, 2.0), Latency(3.0, 4.0)
+    assert latencies(tmp_path).of(1, lambda: first) == first
+    assert latencies(tmp_path).of(1, lambda: other) == first
+    for fresh in (latencies(tmp_path, "m2"), latencies(tmp_path, engine="another")):
+        assert fresh.of(1, lambda: other) == other
+    assert latencies(tmp_path).of(2, lambda: other) == other
+    assert latencies(tmp_path).of(1, lambda: other, again=True) == other
+    now = measured.machine() | {"power_mode": "pmode:0001"}
+    monkeypatch.setattr(measured, "machine", lambda: now)
+    assert latencies(tmp_path).of(1, lambda: first) == first
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, 3, {}, {"call_ms": 1}, {"call_ms": -1, "step_ms": 1}, {"call_ms": 1, "step_ms": 0},
+     {"call_ms": "1", "step_ms": 1}, {"call_ms": 1, "step_ms": math.inf},
+     {"call_ms": math.nan, "step_ms": 1}],
+)  # fmt: skip
+def test_a_damaged_record_is_measured_again(record: Any, tmp_path: Path) -> None:
+    if isinstance(record, dict):
+        record["machine"] = measured.machine()
+    text = json.dumps({"model": {"a runtime, batch 1": record}})
+    (tmp_path / FILE).write_text(text)
+    assert latencies(tmp_path).of(1, lambda: Latency(1.0, 2.0)) == (1.0, 2.0)
+    assert latencies(tmp_path).of(1, lambda: Latency(9.0, 9.0)) == (1.0, 2.0)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    known = latencies(tmp_path / "file")
+    with pytest.warns(CacheWarning, match="latencies cannot be remembered in .*file"):
+        assert known.of(1, lambda: Latency(1.0, 2.0)) == (1.0, 2.0)
+    assert known.of(1, lambda: Latency(9.0, 9.0)) == (1.0, 2.0)
+
+
+def test_for_real(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for threads, key in ((None, "onnxruntime on cpu"), (1, "onnxruntime on cpu, 1 threads")):
+        with Generator.load(
+            runtime="onnxruntime", device="cpu", threads=threads, cache_dir=tmp_path
+        ) as generator:
+            assert generator.latency().step_ms > generator.latency().call_ms > 0
+            file = generator.bundle.manifest.variants["fp32"]["file"]
+            records = json.loads((tmp_path / FILE).read_text())
+            assert f"{key}, batch 1" in records[generator.bundle.files[file]["sha256"]]
+
+
+# The best that fits
+
+
+@pytest.mark.parametrize("n", [1, 3, 16, 20, 40])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_best_plan_that_fits(tuned: Generator, engine: Timed, n: int, guided: bool) -> None:
+    arguments: dict[str, Any] = {"label": 1, "guidance": 2.0} if guided else {}
+    an_evaluation = 10.0 * n * (2 if guided else 1)
+    for budget in np.array([1.001, 1.99, 2.5, 9.99, 10.01, 39.9, 41, 1e4]) * an_evaluation:
+        before = engine.clock.seconds
+        result = tuned.run(n, seed=0, budget_ms=budget, **arguments)
+        fits = [steps for steps in VALUES if steps * an_evaluation <= budget]
+        assert len(result.plan) == min(fits, key=lambda steps: VALUES[steps])
+        assert result.expected_ms == pytest.approx(len(result.plan) * an_evaluation)
+        assert result.milliseconds == pytest.approx(result.expected_ms)
+        assert not result.stopped
+        if budget > 1.5 * an_evaluation:  # by then nothing is measured any more
+            assert engine.clock.seconds - before == pytest.approx(result.milliseconds / 1e3)
+
+
+def test_a_budget_below_one_evaluation_names_the_least(tuned: Generator, engine: Timed) -> None:
+    tuned.latency(4)
+    calls = len(engine.calls)
+    message = r"budget_ms 39 is too little: the least here is 40 ms, for 4 images by ddim\(steps=1"
+    with pytest.raises(ConfigError, match=message):
+        tuned.sample(4, budget_ms=39)
+    assert len(engine.calls) == calls
+    with pytest.raises(ConfigError, match="the least here is 10 ms, for 1 image by"):
+        tuned.sample(1, budget_ms=9.9)
+
+
+def test_it_stops_in_time_where_a_step_takes_longer(tuned: Generator, engine: Timed) -> None:
+    tuned.latency()
+    engine.pace = 1.5
+    result = tuned.run(1, seed=0, budget_ms=105)
+    assert (len(result.plan), result.stopped) == (10, True)
+    assert result.milliseconds == pytest.approx(105)
+    assert result.expected_ms == pytest.approx(100)
+    late = tuned.run(1, seed=0, budget_ms=105, deadline_ms=1000)
+    assert (len(late.plan), late.stopped) == (10, False)
+    assert late.milliseconds == pytest.approx(150)
+
+
+def test_tasks_have_budgets_as_well(tuned: Generator) -> None:
+    photo = np.zeros((28, 28, 1), np.uint8)
+    result = tuned.run(task=Vary(photo, 0.005), seed=0, budget_ms=52)  # 5 of the 1000 timesteps
+    assert result.plan.evaluations == 5
+    assert result.expected_ms == pytest.approx(50)
+    nothing = tuned.run(task=Vary(photo, 0.0), seed=0, budget_ms=1)
+    assert (nothing.plan.evaluations, nothing.expected_ms) == (0, 0)
+    hole = Restore(photo, Mask(np.eye(28)))
+    assert tuned.run(task=hole, seed=0, budget_ms=101).plan.evaluations == 10
+    assert tuned.inpaint(photo, np.eye(28), budget_ms=101).shape == (1, 28, 28, 1)
+    noisy = Restore(photo, Mask(np.eye(28)), 0.1)
+    with pytest.raises(ConfigError, match="needs a sampler that draws noise, and ddim"):
+        tuned.run(task=noisy, budget_ms=101)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget_ms": 0}, "budget_ms must be a number of milliseconds above 0; got 0"),
+        ({"budget_ms": -5.0}, "got -5.0"),
+        ({"budget_ms": math.nan}, "got nan"),
+        ({"budget_ms": math.inf}, "got inf"),
+        ({"budget_ms": "5"}, "budget_ms must be a number; got '5'"),
+        ({"budget_ms": 50, "steps": 3}, "budget_ms chooses the plan; leave steps out"),
+        ({"budget_ms": 50, "sampler": "ddim", "eta": 1.0}, "leave sampler, eta out"),
+        ({"budget_ms": 50, "clip": None}, "leave clip out"),
+        ({"budget_ms": 50, "n": 0}, "n must be"),
+        ({"budget_ms": 50, "deadline_ms": 0}, "deadline_ms must be"),
+    ],
+)
+def test_bad_budgets(
+    tuned: Generator, engine: Timed, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tuned.run(**arguments)
+    assert not engine.calls
+
+
+def test_a_bundle_that_was_not_tuned(toy: Generator) -> None:
+    bundle = replace(toy.bundle, manifest=replace(toy.bundle.manifest, tuned=None))
+    with pytest.raises(ConfigError, match="'fashion-mnist' does not say: `ddpm-edge tune`"):
+        Generator(bundle, ToyEngine(), "fp32").sample(budget_ms=50)
+    photo = np.zeros((28, 28, 1), np.uint8)
+    with pytest.raises(ConfigError, match="interpolate takes no budget_ms"):
+        toy.interpolate(photo, photo, budget_ms=50)
+
+
+# On the command line
+
+
+def run(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(main, [str(word) for word in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_command(tmp_path: Path) -> None:
+    for package in ("onnxruntime", "scipy", "matplotlib"):
+        pytest.importorskip(package)
+    data, new, cache = tmp_path / "images.npz", tmp_path / "new", tmp_path / "cache"
+    np.savez(data, images=images(300).images.transpose(0, 2, 3, 1))
+    call = ["tune", "--data", data, "--val", 0.5, "-n", 110, "--steps", 1, "--steps", 2,
+            "--cache-dir", cache, "-o", new]  # fmt: skip
+    refused = run(*call, code=2)
+    assert "give --features" in refused.output
+    assert not new.exists()
+    said = run(*call, "--features", FEATURES, "--plot", tmp_path / "front.png").output
+    assert said.splitlines()[1].startswith("dpmpp(steps=1, ")
+    assert "best for its time" in said
+    assert "2 plans, 110 samples each, seed 0; " in said
+    assert said.splitlines()[-1].startswith(f"Next: ddpm-edge sample {new} -n 1 --budget-ms ")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert "Frechet distance by evaluations, 1: " in run("info", new).output
+    said = run("cache", "list", "--cache-dir", cache).output
+    assert "batch 1: " in said
+    (row,) = json.loads(run("cache", "list", "--cache-dir", cache, "--json").output)["latencies"]
+    assert row["engine"].endswith("batch 1")
+    sample = ["sample", new, "-n", 1, "--cache-dir", cache, "-o", tmp_path / "a.png"]
+    said = run(*sample, "--budget-ms", 60_000).output
+    assert "s expected" in said
+    printed = json.loads(run(*sample, "--budget-ms", 60_000, "--json").output)
+    assert 0 < printed["expected_seconds"] < 60
+    assert json.loads(run(*sample, "--json").output)["expected_seconds"] is None
+    assert "leave steps out" in run(*sample, "--budget-ms", 50, "--steps", 3, code=2).output
+    assert "is too little" in run(*sample, "--budget-ms", 0.001, code=2).output
+    run("cache", "clear", "--cache-dir", cache)
+    assert not (cache / FILE).exists()
+    printed = json.loads(run(*call, "--features", FEATURES, "--json").output)
+    assert [plan["evaluations"] for plan in printed["plans"]] == [1, 2]
+
+
+def test_a_picture_of_one_plan() -> None:
+    pytest.importorskip("matplotlib")
+    alone = replace(TUNED, plans=TUNED.plans[:1])
+    assert front_png(alone, Latency(0.0, 5.0), "title").startswith(b"\x89PNG")
