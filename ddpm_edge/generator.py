@@ -220,9 +220,10 @@ class Generator:
     def latency(self, n: int = 1, *, again: bool = False) -> Latency:
         """How long a step takes on this device for n samples at once, in milliseconds.
 
-        Measured where it is not known, which takes 2 seconds or the time of 40 steps, and
-        remembered in the device's cache until the machine, its power mode or a runtime changes. An
-        app that gives a `budget_ms` calls this when it starts, or its first image waits for it.
+        Measured where it is not known, for 2 seconds or the time of 30 steps, and remembered in the
+        device's cache until the machine, its power mode or a runtime changes. The first call for an
+        n also warms up, by 10 steps. An app that gives a `budget_ms` calls this when it starts, or
+        its first image waits for it.
 
         Args:
             n: samples, or twice as many with guidance.
