@@ -48,7 +48,8 @@ numpy1:
 		tests/test_tasks.py tests/test_restoration.py tests/test_time_travel.py \
 		tests/test_inversion.py tests/test_inputs.py tests/test_cli.py tests/test_verify.py \
 		tests/test_bench.py tests/test_quality.py tests/test_runtimes.py tests/test_trt.py \
-		tests/test_engine_cache.py tests/test_doctor.py tests/test_without_gpu.py
+		tests/test_engine_cache.py tests/test_doctor.py tests/test_without_gpu.py \
+		tests/test_choice.py tests/test_tune.py
 
 # The built-in bundle again: about 95 minutes on two cores, minutes on a GPU.
 retrain: dev

@@ -218,3 +218,24 @@ def test_the_same_noise_shows_small_differences() -> None:
 def test_bad_sets(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_precision_and_recall_are_prdcs() -> None:
+    prdc = pytest.importorskip("prdc")
+    for seed in range(3):
+        x, y = clouds(seed, 120, 120)
+        theirs = prdc.compute_prdc(real_features=x, fake_features=y, nearest_k=3)
+        assert covered(x, y).mean() == pytest.approx(theirs["precision"], abs=1e-12)
+        assert covered(y, x).mean() == pytest.approx(theirs["recall"], abs=1e-12)
+
+
+def test_the_kernel_is_scikit_learns() -> None:
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    x, y = clouds(1)
+
+    def mean(a: np.ndarray, b: np.ndarray) -> float:  # its defaults are KID's: (x.y / d + 1)^3
+        k = pairwise.polynomial_kernel(a, b)
+        return float((k.sum() - np.trace(k)) / (k.size - len(k)) if a is b else k.mean())
+
+    expected = mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
