@@ -100,8 +100,9 @@ class Generator:
         self._network: Network | None = Network(engine, bundle.manifest)
         self._latencies = latencies or Latencies(None, "", engine_name(engine, None))
         self._pid = os.getpid()
-        # A plan takes longer to make than a step of the loop to run; the same call makes the same.
-        self._remembered_plan = functools.lru_cache(8, typed=True)(bundle.manifest.make_plan)
+        # A plan takes longer to make than a step of the loop to run; the same call makes the same,
+        # and a budget looks at all that were tuned.
+        self._remembered_plan = functools.lru_cache(32, typed=True)(bundle.manifest.make_plan)
 
     @classmethod
     def load(
@@ -220,10 +221,10 @@ class Generator:
     def latency(self, n: int = 1, *, again: bool = False) -> Latency:
         """How long a step takes on this device for n samples at once, in milliseconds.
 
-        Measured where it is not known, for 2 seconds or the time of 30 steps, and remembered in the
-        device's cache until the machine, its power mode or a runtime changes. The first call for an
-        n also warms up, by 10 steps. An app that gives a `budget_ms` calls this when it starts, or
-        its first image waits for it.
+        Measured where it is not known, for 1.5 seconds or the time of 15 steps, and remembered in
+        the device's cache until the machine, its power mode or a runtime changes; in between it
+        follows what calls with a `budget_ms` take. An app that has such calls asks for it when it
+        starts, which also warms up by 15 steps, or its first image waits for it.
 
         Args:
             n: samples, or twice as many with guidance.
@@ -344,13 +345,16 @@ class Generator:
         images = []
         for made in request.made(network, callback):
             images.append(request.images(made.x0, made.chunk, dtype))
+        milliseconds = request.deadline.milliseconds()
+        if budget_ms is not None and made.state and request.n <= request.batch:
+            self._learn(request, made.state.index + 1, milliseconds)
         return Result(
             images=np.concatenate(images),
             seed=request.seed,
             plan=request.plan,
             runtime=runtime,
             variant=self.variant,
-            milliseconds=request.deadline.milliseconds(),
+            milliseconds=milliseconds,
             stopped=not made.whole or made.chunk.stop < request.first + request.n,
             expected_ms=expected_ms,
         )
@@ -679,9 +683,8 @@ class Generator:
 
     def _fitting(self, request: Request, budget_ms: float) -> tuple[Request, float]:
         """The request by the best plan that fits, and the milliseconds that it should take."""
-        sizes, twice = [len(c) for c in request.chunks()], 1 if request.guidance is None else 2
-        before = time.perf_counter()
-        known = {size: self.latency(size * twice) for size in set(sizes)}
+        sizes, before = [len(chunk) for chunk in request.chunks()], time.perf_counter()
+        known = {size: self.latency(size * request.asked_for_each) for size in set(sizes)}
         request.deadline.pause(time.perf_counter() - before)
         request.deadline.step_s |= {size: latency.step_ms / 1e3 for size, latency in known.items()}
         tuned = self.bundle.manifest.tuned
@@ -696,6 +699,12 @@ class Generator:
             f"budget_ms {budget_ms:g} is too little: the least here is {expected_ms:.3g} ms, for "
             f"{images} by {plan.name}; give more, or ask for fewer images"
         )
+
+    def _learn(self, request: Request, steps: int, milliseconds: float) -> None:
+        """Let what a call of one batch took count for the next ones."""
+        batch = request.n * request.asked_for_each
+        call_ms = self.latency(batch).call_ms
+        self._latencies.note(batch, Latency(call_ms, max(0.0, milliseconds - call_ms) / steps))
 
     def _timed(self, n: int) -> Latency:
         """What n samples took now."""

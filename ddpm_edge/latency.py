@@ -1,17 +1,21 @@
-"""How long a step takes on this device: measured once for each batch, then remembered."""
+"""How long a step takes on this device: measured once for each batch, then remembered.
+
+What is known goes along with what calls take since: a board that gets hot, or another program, is
+seen within a few calls.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from ddpm_edge import checks
 from ddpm_edge.errors import CacheWarning, ConfigError, RuntimeUnavailableError, warn
@@ -19,9 +23,11 @@ from ddpm_edge.runtimes import Engine, cuda
 from ddpm_edge.runtimes.measured import Measured
 
 FILE = "latency.json"
-STEPS = 10  # of a run, at most
-RUNS, LEAST_RUNS, SECONDS = 10, 3, 2.0  # as many runs, or fewer if they take longer than that
-KEPT = 90  # per cent of the runs took no longer
+STEPS = 5  # of a run, at most
+WARM_UP = 3  # runs that are not counted
+RUNS, LEAST_RUNS, SECONDS = 100, 3, 1.5  # as many runs, or fewer if they take longer than that
+KEPT = 0.9  # of the runs took no longer
+RECENT = 30  # runs that count
 
 log = logging.getLogger("ddpm_edge")
 
@@ -54,7 +60,7 @@ class Latencies:
     def __init__(self, file: Path | None, model: str, engine: str) -> None:
         self._measured = None if file is None else Measured(file)
         self._model, self._engine = model, engine
-        self._known: dict[int, Latency] = {}
+        self._recent: dict[int, deque[Latency]] = {}
         self._one_at_a_time = threading.Lock()
 
     def of(self, batch: int, run: Callable[[], Latency], again: bool = False) -> Latency:
@@ -64,13 +70,20 @@ class Latencies:
             CacheWarning: it cannot be remembered.
         """
         with self._one_at_a_time:
-            if again or batch not in self._known:
-                run()  # to warm up
+            if again or batch not in self._recent:
+                for _ in range(WARM_UP):
+                    run()
                 recalled = None if again else self._recalled(batch)
-                self._known[batch] = recalled or measure(run)
+                runs = measure(run) if recalled is None else [recalled] * RECENT
+                self._recent[batch] = deque(runs, RECENT)
                 if recalled is None:
-                    self._remember(batch)
-            return self._known[batch]
+                    self._remember(batch, usual(runs))
+            return usual(self._recent[batch])
+
+    def note(self, batch: int, latency: Latency) -> None:
+        """What a call took, of a batch whose latency is known."""
+        with self._one_at_a_time:
+            self._recent[batch].append(latency)
 
     def _key(self, batch: int) -> str:
         return f"{self._engine}, batch {batch}"
@@ -81,10 +94,9 @@ class Latencies:
             found = Latency(*(checks.number(name, record[name]) for name in Latency._fields))
         except (KeyError, ConfigError):  # never measured, or damaged
             return None
-        return found if 0 <= found.call_ms < np.inf and 0 < found.step_ms < np.inf else None
+        return found if 0 <= found.call_ms < math.inf and 0 < found.step_ms < math.inf else None
 
-    def _remember(self, batch: int) -> None:
-        latency = self._known[batch]
+    def _remember(self, batch: int, latency: Latency) -> None:
         log.info("%s: %.3g ms a step here", self._key(batch), latency.step_ms)
         if self._measured is None:
             return
@@ -105,13 +117,19 @@ def engine_name(engine: Engine, threads: int | None) -> str:
     return ", ".join(words)
 
 
-def measure(run: Callable[[], Latency]) -> Latency:
-    """What nine runs of ten keep."""
+def measure(run: Callable[[], Latency]) -> list[Latency]:
+    """What several runs took."""
     end = time.perf_counter() + SECONDS
     runs: list[Latency] = []
     while len(runs) < RUNS and (len(runs) < LEAST_RUNS or time.perf_counter() < end):
         runs.append(run())
-    return Latency(*np.percentile(runs, KEPT, axis=0).tolist())
+    return runs
+
+
+def usual(runs: Collection[Latency]) -> Latency:
+    """What nine runs of ten keep."""
+    last = math.ceil(KEPT * len(runs)) - 1
+    return Latency(*(sorted(times)[last] for times in zip(*runs, strict=True)))
 
 
 def timed(start: Callable[[], object], steps: Iterable[object]) -> Latency:

@@ -73,11 +73,10 @@ class Deadline:
         """How long the call has taken."""
         return (time.perf_counter() - self.start) * 1e3
 
-    def near(self, samples: int = 0) -> bool:
-        """Whether another step would end after it.
+    def near(self, samples: int) -> bool:
+        """Whether another step, of so many samples, would end after it.
 
-        It takes as long as has passed since the last call; the first step of another batch, of so
-        many `samples`, as long as is known of such a batch.
+        Where it is not known how long that takes: as long as has passed since the last call.
         """
         now = time.perf_counter()
         step, self.before = now - self.before, now
@@ -195,6 +194,11 @@ class Request:
             self.known.measurement.check(plan)
         return replace(self, plan=plan)
 
+    @property
+    def asked_for_each(self) -> int:
+        """How often the network is asked about each sample, at most."""
+        return 1 if self.guidance is None else 2
+
     def chunks(self) -> list[range]:
         """The sample indices of each batch."""
         end = self.first + self.n
@@ -240,7 +244,7 @@ class Request:
                     answer = callback(self.step(state, chunk))
                     asked = isinstance(answer, (bool, np.bool_)) and bool(answer)
                 last = state.index + 1 == len(self.plan)
-                late = self.deadline.near(len(following) if last else 0)
+                late = self.deadline.near(len(following if last else chunk))
                 if asked or late:
                     break
             whole = not asked and (state is None or state.index + 1 == len(self.plan))
@@ -252,7 +256,7 @@ class Request:
         """Every step of one batch, as long as there is time."""
         for state in self.states(network, chunk, self.start(chunk)):
             yield self.step(state, chunk)
-            if self.deadline.near():
+            if self.deadline.near(len(chunk)):
                 return
 
     def states(self, network: Network, chunk: range, start: Float32) -> Iterator[State]:

@@ -22,7 +22,7 @@ from ddpm_edge.errors import BundleError, CacheWarning, ConfigError
 from ddpm_edge.evaluate import FRECHET, evaluate
 from ddpm_edge.features import BUILT_IN as FEATURES
 from ddpm_edge.features import FeatureNetwork
-from ddpm_edge.latency import FILE, Latencies, Latency, measure
+from ddpm_edge.latency import FILE, RECENT, Latencies, Latency, measure, usual
 from ddpm_edge.runtimes import measured
 from ddpm_edge.tune import STEPS, front_png, grid, tune, write_tuned
 from ddpm_edge.tuned import Tuned, TunedPlan, pareto
@@ -219,10 +219,12 @@ def test_what_cannot_be_tuned(toy: Generator) -> None:
 
 
 def test_a_latency_is_what_nine_runs_of_ten_keep() -> None:
-    runs = iter(Latency(float(i), 10.0 * i) for i in (3, 1, 2, 5, 4, 9, 8, 7, 6, 10))
-    found = measure(lambda: next(runs))
-    assert (found.call_ms, found.step_ms) == pytest.approx((9.1, 91.0))
-    assert found.of(3) == pytest.approx(9.1 + 273)
+    runs = iter(np.random.default_rng(0).permutation(100) + 1.0)
+    measured = measure(lambda: Latency(n := float(next(runs)), 10.0 * n))
+    assert len(measured) == 100
+    assert usual(measured) == (90.0, 900.0)
+    assert usual(measured).of(3) == 90.0 + 2700.0
+    assert usual([Latency(1.0, 2.0)]) == (1.0, 2.0)
 
 
 def test_measuring_ends(clock: Clock) -> None:
@@ -230,14 +232,14 @@ def test_measuring_ends(clock: Clock) -> None:
         clock.seconds += 5.0
         return Latency(1.0, 500.0)
 
-    assert measure(slow) == (1.0, 500.0)
+    assert measure(slow) == [(1.0, 500.0)] * 3
     assert clock.seconds == 115.0
 
 
 def test_latencies_are_measured_once(tuned: Generator, engine: Timed) -> None:
     assert tuned.latency(2).step_ms == pytest.approx(20.0)
     calls = len(engine.calls)
-    assert calls == 110  # one run to warm up and ten that are measured, of ten steps
+    assert calls == (3 + 16) * 5  # runs of 100 ms: three to warm up, and 1.5 seconds
     assert tuned.latency(2).call_ms == 0.0
     assert len(engine.calls) == calls
     engine.pace = 3.0
@@ -340,6 +342,22 @@ def test_it_stops_in_time_where_a_step_takes_longer(tuned: Generator, engine: Ti
     late = tuned.run(1, seed=0, budget_ms=105, deadline_ms=1000)
     assert (len(late.plan), late.stopped) == (10, False)
     assert late.milliseconds == pytest.approx(150)
+
+
+def test_latencies_follow_what_calls_take(tuned: Generator, engine: Timed) -> None:
+    tuned.latency()
+    engine.pace = 1.5
+    plans = [len(tuned.run(1, seed=0, budget_ms=105).plan) for _ in range(6)]
+    assert plans == [10, 10, 10, 10, 4, 4]  # four calls of thirty: a tenth of them took longer
+    assert tuned.latency().step_ms == pytest.approx(15.0)
+    engine.pace = 1.0
+    plans = [len(tuned.run(1, seed=0, budget_ms=105).plan) for _ in range(RECENT + 1)]
+    assert plans == [4] * (RECENT - 3) + [10] * 4
+    tuned.run(20, seed=0, budget_ms=1e4)
+    engine.pace = 1.5
+    for _ in range(6):  # calls of several batches tell nothing
+        tuned.run(20, seed=0, budget_ms=1e4)
+    assert (tuned.latency(16).step_ms, tuned.latency(4).step_ms) == pytest.approx((160.0, 40.0))
 
 
 def test_tasks_have_budgets_as_well(tuned: Generator) -> None:
