@@ -57,6 +57,7 @@ retrain: dev
 		-o runs/fashion-mnist
 	$(BIN)/ddpm-edge export runs/fashion-mnist -o ddpm_edge/bundles/fashion-mnist \
 		--licence Apache-2.0 --gate full
+	$(BIN)/ddpm-edge tune --data fashion-mnist -n 2000 -o ddpm_edge/bundles/fashion-mnist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
