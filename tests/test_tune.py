@@ -426,12 +426,12 @@ def test_command(tmp_path: Path) -> None:
     refused = run(*call, code=2)
     assert "give --features" in refused.output
     assert not new.exists()
-    said = run(*call, "--features", FEATURES, "--plot", tmp_path / "front.png").output
+    said = run(*call, "--features", FEATURES, "--plot", tmp_path / "made" / "front.png").output
     assert said.splitlines()[1].startswith("dpmpp(steps=1, ")
     assert "best for its time" in said
     assert "2 plans, 110 samples each, seed 0; " in said
     assert said.splitlines()[-1].startswith(f"Next: ddpm-edge sample {new} -n 1 --budget-ms ")
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "made" / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "Frechet distance by evaluations, 1: " in run("info", new).output
     said = run("cache", "list", "--cache-dir", cache).output
     assert "batch 1: " in said

@@ -84,6 +84,7 @@ def tune(
         latency = generator.latency()
         runtime, name = generator.runtime, generator.bundle.manifest.name
     if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(plot, tuning.front_png(tuned, latency, f"{name}, {runtime}"))
     if as_json:
         click.echo(json.dumps(tuned.to_dict() | {"latency": latency._asdict()}))
