@@ -7,22 +7,25 @@ word and answers differently. What a listed model may do is limited as well: see
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddpm_edge.errors import BundleError
-from ddpm_edge.files import check_writable, sync_directory, temporary_name, write_bytes
+from ddpm_edge.files import (
+    check_writable,
+    replace_directory,
+    sync_directory,
+    temporary_name,
+    write_bytes,
+)
 from ddpm_edge.manifest import (
     FORMAT,
     MANIFEST,
@@ -153,7 +156,7 @@ def write_bundle(path: str | Path, manifest: Manifest, files: Mapping[str, bytes
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         write_bytes(temporary / MANIFEST, text.encode())
         Bundle.open(temporary)  # what cannot be read must not take a good bundle's place
-        _replace_directory(temporary, path)
+        replace_directory(temporary, path)
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # the old bundle, or what was half written
@@ -169,28 +172,6 @@ def check_target(path: Path) -> None:
             f"{path} exists and is not a bundle (it has no {MANIFEST}); give another path"
         )
     check_writable(path.parent)
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Put `new` at `path` in one step; what was at `path` is then at `new`."""
-    if not path.exists():
-        new.rename(path)
-        return
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # swap the two names at once
-            renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-            here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-            if renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
-                return
-    # Elsewhere, or where the file system cannot: two renames, the old bundle kept until the end.
-    old = new.with_suffix(".old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    old.rename(new)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

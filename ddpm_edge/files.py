@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -68,3 +70,25 @@ def check_writable(directory: Path) -> None:
 def temporary_name(path: Path) -> Path:
     """A new hidden name beside `path`, on the same file system."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Put `new` at `path` in one step; what was at `path` is then at `new`."""
+    if not path.exists():
+        new.rename(path)
+        return
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # swap the two names at once
+            renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+            here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+            if renameat2(here, os.fsencode(new), here, os.fsencode(path), exchange) == 0:
+                return
+    # Elsewhere, or where the file system cannot: two renames, the old bundle kept until the end.
+    old = new.with_suffix(".old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    old.rename(new)

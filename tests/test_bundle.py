@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import rewrite
 
-from ddpm_edge import Bundle, Generator, bundle
+from ddpm_edge import Bundle, Generator, bundle, files
 from ddpm_edge.bundle import BUILT_IN, write_bundle
 from ddpm_edge.errors import BundleError
 from ddpm_edge.manifest import MANIFEST, Manifest
@@ -209,7 +209,7 @@ def test_failed_write_leaves_the_old_bundle(
 
 
 def test_replacement_without_renameat2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
     for content in (b"one", b"two"):
         write_bundle(tmp_path / "b", MANIFEST_OF_TWO, {"unet.onnx": content})
         assert Bundle.open(tmp_path / "b").read("unet.onnx") == content
@@ -228,7 +228,7 @@ def test_what_cannot_be_read_back_does_not_take_a_good_bundle_s_place(tmp_path: 
 def test_a_replacement_that_fails_half_way_puts_the_old_bundle_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundle.sys, "platform", "other")  # no swap in one step there
+    monkeypatch.setattr(files.sys, "platform", "other")  # no swap in one step there
     path = tmp_path / "b"
     write_bundle(path, MANIFEST_OF_TWO, {"unet.onnx": b"old"})
     rename = Path.rename

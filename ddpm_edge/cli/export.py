@@ -24,8 +24,9 @@ SCHEDULE_OPTIONS = {"rule", "timesteps", "beta_1", "beta_t", "beta"}
 MODEL_OPTIONS = SCHEDULE_OPTIONS | {
     "weights", "shape", "classes", "prediction", "timestep_offset",
 }  # fmt: skip
-FORMATS = ("onnx", "tensorrt")
+FORMATS = ("onnx", "tensorrt", "triton")
 BUNDLE_OPTIONS = {"run", "output", "gate", "variants", "format_", "cache_dir"}
+TRITON_OPTIONS = {"run", "output", "name", "variants", "format_", "engine", "max_batch"}
 DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
 
 
@@ -61,7 +62,16 @@ DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
     type=click.Choice(FORMATS),
     default="onnx",
     show_default=True,
-    help="tensorrt: also build the engines, for the GPU of this machine.",
+    help="tensorrt: also build the engines, for the GPU of this machine. triton: write the bundle "
+    "RUN into a model repository of NVIDIA Triton.",
+)
+@click.option(
+    "--engine",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="triton: an engine that `ddpm-edge build -o` wrote, in the place of the ONNX file.",
+)
+@click.option(
+    "--max-batch", type=int, default=32, show_default=True, help="triton: most of an evaluation."
 )
 @cache_option
 @plan_options
@@ -102,11 +112,17 @@ def export(
     Example:  ddpm-edge export runs/fashion-mnist -o fashion-mnist-bundle --variants fp32,fp16
     """
     given = given_options(ctx)
-    if run is None and model is None and "variants" in given:
+    if run is None and model is None and ("variants" in given or o["format_"] == "triton"):
         run = BUILT_IN
     if (run is None) == (model is None):
         raise ConfigError("give either the directory of a training run, or --model")
     variants = _names(o["variants"])
+    if o["format_"] == "triton":
+        _triton(run, output, variants, given, o)
+        return
+    extra = [given[name] for name in ("engine", "max_batch") if name in given]
+    if extra:
+        raise ConfigError(f"{', '.join(extra)} go with --format triton")
     check_choices(variants, o["gate"])
     if o["format_"] == "tensorrt":
         _check_gpu()
@@ -149,6 +165,34 @@ def _again(
     bundle = export_bundle(run, output, variants=variants, gate=o["gate"], report=show_comparison)
     _show(bundle, output, time.perf_counter() - start)
     _build(bundle, output, o)
+
+
+def _triton(
+    run: Path | None,
+    output: Path,
+    variants: list[str],
+    given: Mapping[str, str],
+    o: dict[str, Any],
+) -> None:
+    """Write a bundle into a model repository."""
+    from ddpm_edge.export.to_triton import write_repository
+
+    extra = [flag for name, flag in given.items() if name not in TRITON_OPTIONS]
+    if extra:
+        raise ConfigError(f"{', '.join(extra)} cannot go with --format triton")
+    if len(variants) != 1:
+        raise ConfigError(f"--format triton takes one of the variants; got {o['variants']}")
+    variant = variants[0] if "variants" in given else None
+    bundle = Bundle.open(run)
+    name = write_repository(
+        bundle, output, variant=variant, name=o["name"], engine=o["engine"],
+        max_batch=o["max_batch"],
+    )  # fmt: skip
+    click.echo(
+        f"{output}: {name}, the sampling loop, and {name}-network\n"
+        f"Next: tritonserver --model-repository={output.absolute()}, where ddpm-edge is installed; "
+        "see docs/serving.md"
+    )
 
 
 def _show(bundle: Bundle, output: Path, seconds: float) -> None:
