@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_edge import Generator
+from ddpm_edge import Bundle, Generator
+from ddpm_edge.bundle import write_bundle
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -80,3 +85,56 @@ def test_train_export_sample(tmp_path: Path) -> None:
     output = run("train_export_sample.py", tmp_path / "out", 5, cwd=tmp_path)
     assert "20-step DDIM" in output
     assert (tmp_path / "out" / "squares.png").is_file()
+
+
+def bulk(total: int, folder: Path, bundle: Path, kill: bool = False) -> list[str]:
+    """Run bulk_ray.py on a cluster of two workers; perhaps kill the first that makes a shard."""
+    psutil = pytest.importorskip("psutil")
+    words = [str(SAMPLES / "bulk_ray.py"), str(total), str(folder), str(bundle)]
+    code = (
+        "import ray, runpy, sys; ray.init(num_cpus=2, include_dashboard=False); "
+        f"ray.init = lambda: None; sys.argv = {words}; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while kill and process.poll() is None and time.monotonic() < deadline:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "_Worker.make" in " ".join(child.cmdline()):
+                    child.kill()
+                    kill = False
+                    break
+    said, errors = process.communicate(timeout=300)
+    assert not kill
+    assert process.returncode == 0, errors
+    return said.splitlines()
+
+
+def test_bulk_ray(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("ray")
+    assert 'run("bulk_ray.py"'  # by `bulk`, on a cluster of two
+    built_in, folder = Bundle.open(), tmp_path / "images"
+    files = {name: built_in.read(name) for name in built_in.files}
+    quick = replace(built_in.manifest, plan={"sampler": "ddim", "steps": 3, "clip": 1.0})
+    bundle = write_bundle(tmp_path / "quick", quick, files).path
+    shards = ["000000000.npy", "000000480.npy", "000000960.npy"]
+    assert bulk(970, folder, bundle, kill=True)[-1] == "3 of 3 shards"
+    assert sorted(path.name for path in folder.iterdir()) == shards
+    with Generator.load(bundle, threads=1) as generator:
+        expected = generator.sample(970, seed=0)
+    made = np.concatenate([np.load(folder / name) for name in shards])
+    np.testing.assert_array_equal(made, expected)
+    os.unlink(folder / shards[0])
+    before = (folder / shards[1]).stat().st_mtime_ns
+    assert bulk(975, folder, bundle) == [
+        "2 of 3 shards",
+        "3 of 3 shards",
+    ]  # the last one is longer now
+    assert (folder / shards[1]).stat().st_mtime_ns == before
+    assert [len(np.load(folder / name)) for name in shards] == [480, 480, 15]
+    np.testing.assert_array_equal(np.load(folder / shards[0]), expected[:480])
