@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,13 @@ def array(name: str, value: Any) -> Array:
             f"{name} must be an array of numbers; got {shown(value)} ({type(value).__name__})"
         )
     return got
+
+
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """`value`, if it maps names to values."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name} must map names to values; got {shown(value)}")
+    return value
 
 
 def choice(name: str, value: Any, known: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.generator import Generator
 from ddpm_edge.images import to_images
 from ddpm_edge.likelihood import Bound, check_timesteps, scipy_special
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.metrics import (
     BLOCKS,
     Difference,
@@ -162,10 +163,10 @@ def evaluate(
     }
     if beside is not None:
         check_comparable(beside["settings"], settings)
-    labels = np.arange(n) % len(manifest.class_names) if manifest.class_names else None
+    labels = in_turn(manifest, n)
     if wanted:
         _labels_of(real, generator)
-    judge = None if features is None else Judge(features, _pictures(rest), n)
+    judge = None if features is None else Judge(features, pictures(rest), n)
     noised = Dataset("noised", _noised(real.images, seed), real.labels, real.class_names)
     kinds = {"floor": known, "ceiling": noised}
     others = {kind: data for kind, data in kinds.items() if data is not None}
@@ -187,10 +188,10 @@ def evaluate(
     if judge is not None:
         found["figures"] |= judge.figures(samples, labels)
         for kind, data in others.items():
-            found[kind] |= judge.figures(_pictures(data), data.labels)
+            found[kind] |= judge.figures(pictures(data), data.labels)
     alike, copied = np.empty(0, np.int64), samples[:0]
     if train is not None:
-        figure, alike, copied = _copies(samples, _pictures(real), train)
+        figure, alike, copied = _copies(samples, pictures(real), train)
         found["figures"]["nearest training image"] = figure
     return Evaluation(
         settings=settings,
@@ -346,7 +347,7 @@ def _bounds(
 
         label = _labels_of(data, generator, n)
         bounds[kind] = generator.bound(
-            _pictures(data)[:n], timesteps, seed, label=label, progress=said
+            pictures(data)[:n], timesteps, seed, label=label, progress=said
         )
     return bounds
 
@@ -390,7 +391,13 @@ def _labels_of(data: Dataset, generator: Generator, n: int | None = None) -> lis
     return None
 
 
-def _pictures(data: Dataset) -> UInt8:
+def in_turn(manifest: Manifest, n: int) -> Int64 | None:
+    """The labels of n samples, int64 (n,), where the model has labels."""
+    names = manifest.class_names
+    return np.arange(n) % len(names) if names else None
+
+
+def pictures(data: Dataset) -> UInt8:
     """Its images (n, H, W, C)."""
     images: UInt8 = data.images.transpose(0, 2, 3, 1)
     return images
@@ -409,7 +416,7 @@ def _copies(samples: UInt8, real: UInt8, train: Dataset) -> tuple[Estimate, Int6
 
     Far below 1 they are copies. With the eight samples that are nearest, and to which images.
     """
-    known = _pictures(train)
+    known = pictures(train)
     flat = known.reshape(len(known), -1)
     ours, index = nearest(samples.reshape(len(samples), -1), flat)
     theirs, _ = nearest(real.reshape(len(real), -1), flat)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Generator:
         self._pid = os.getpid()
         # A plan takes longer to make than a step of the loop to run; the same call makes the same,
         # and a budget looks at all that were tuned.
-        self._remembered_plan = functools.lru_cache(32, typed=True)(bundle.manifest.make_plan)
+        self._remembered_plan = functools.lru_cache(128, typed=True)(bundle.manifest.make_plan)
 
     @classmethod
     def load(
@@ -222,16 +223,17 @@ class Generator:
         """How long a step takes on this device for n samples at once, in milliseconds.
 
         Measured where it is not known, for 1.5 seconds or the time of 15 steps, and remembered in
-        the device's cache until the machine, its power mode or a runtime changes; in between it
-        follows what calls with a `budget_ms` take. An app that has such calls asks for it when it
-        starts, which also warms up by 15 steps, or its first image waits for it.
+        the device's cache until the machine, its power mode or a runtime changes. In this process
+        it then follows what plain calls with a `budget_ms` take. An app that has such calls asks
+        for it when it starts, which also warms up by 15 steps, or its first image waits for it.
 
         Args:
-            n: samples, or twice as many with guidance.
+            n: samples of one batch (see `run`), or twice as many with guidance.
             again: measure it even if it is known.
 
         Raises:
-            OutOfMemoryError: too little memory for n samples at once.
+            EngineError: more samples than the engine takes at once.
+            OutOfMemoryError: too little memory for them.
 
         Warns:
             CacheWarning: it cannot be remembered.
@@ -311,7 +313,7 @@ class Generator:
             budget_ms: milliseconds for which the best plan is taken that is expected to fit, of
                 those that `ddpm-edge tune` measured; in the place of sampler, steps and options.
                 The deadline too, unless another one is given. How long a step takes here must be
-                known: see `latency`.
+                known: where it is measured first (see `latency`), the call begins after that.
 
         Raises:
             ConfigError: an argument that cannot work, such as a budget that nothing fits into;
@@ -340,14 +342,18 @@ class Generator:
             deadline_ms=budget_ms if deadline_ms is None else deadline_ms,
         )
         expected_ms = None
-        if budget_ms is not None:
+        if budget_ms is None:
+            request.check()
+        else:
             request, expected_ms = self._fitting(request, budget_ms)
         images = []
         for made in request.made(network, callback):
             images.append(request.images(made.x0, made.chunk, dtype))
         milliseconds = request.deadline.milliseconds()
-        if budget_ms is not None and made.state and request.n <= request.batch:
-            self._learn(request, made.state.index + 1, milliseconds)
+        plain = callback is None and task is None and guidance is None
+        if budget_ms is not None and plain and made.state and request.n <= request.batch:
+            evaluations = np.count_nonzero(request.plan.evaluate[: made.state.index + 1])
+            self._latencies.note(request.n, milliseconds, int(evaluations))
         return Result(
             images=np.concatenate(images),
             seed=request.seed,
@@ -395,7 +401,7 @@ class Generator:
             first=first,
             deadline_ms=deadline_ms,
         )
-        (chunk,) = request.chunks()
+        (chunk,) = request.check().chunks()
         return request.steps(self._open(), chunk)
 
     # One model, many uses: `sample` with a task, which `run` and `stream` take as well
@@ -541,13 +547,9 @@ class Generator:
             **options: see `plan`.
         """
         started = time.perf_counter()
-        for name, reason in (
-            ("task", "it starts from its two images"),
-            ("latents", "it starts from its two images"),
-            ("budget_ms", "both ways need the same steps; give steps and deadline_ms"),
-        ):
+        for name in ("task", "latents"):
             if name in options:
-                raise ConfigError(f"interpolate takes no {name}: {reason}")
+                raise ConfigError(f"interpolate takes no {name}: it starts from its two images")
         n = checks.whole("n", n, least=2)
         ends = np.concatenate([self._one_state(a, "a"), self._one_state(b, "b")])
         half = None if deadline_ms is None else checks.number("deadline_ms", deadline_ms) / 2
@@ -660,6 +662,8 @@ class Generator:
     ) -> Request:
         """The checked form of a call: `options` are the plan's, `call` is for `Request.of`."""
         self._open()
+        if "budget_ms" in options:
+            raise ConfigError("only run and sample take a budget_ms; give steps and deadline_ms")
 
         def plan(known: Known) -> Plan:
             return self._plan_from(known, sampler, steps, options)
@@ -683,28 +687,44 @@ class Generator:
 
     def _fitting(self, request: Request, budget_ms: float) -> tuple[Request, float]:
         """The request by the best plan that fits, and the milliseconds that it should take."""
-        sizes, before = [len(chunk) for chunk in request.chunks()], time.perf_counter()
-        known = {size: self.latency(size * request.asked_for_each) for size in set(sizes)}
-        request.deadline.pause(time.perf_counter() - before)
-        request.deadline.step_s |= {size: latency.step_ms / 1e3 for size, latency in known.items()}
         tuned = self.bundle.manifest.tuned
-        expected_ms = 0.0
-        for candidate in reversed(tuned.front() if tuned else []):
-            plan = self._plan_from(request.known, None, None, dict(candidate.plan))
-            expected_ms = sum(known[size].of(plan.evaluations) for size in sizes)
-            if expected_ms <= budget_ms:
-                return request.with_plan(plan), expected_ms
-        images = f"{request.n} image{'s' * (request.n > 1)}"
+        front = [] if tuned is None else tuned.front()
+        sizes = [len(chunk) for chunk in request.chunks()]
+        for again in (False, True):  # where calls were too slow lately: are they still?
+            known = self._known_latencies(request, again)
+            cannot: ConfigError | None = None
+            for candidate in reversed(front):
+                if sum(known[size].of(candidate.evaluations) for size in sizes) > budget_ms:
+                    continue
+                plan = self._plan_from(request.known, None, None, dict(candidate.plan))
+                if plan.evaluations > candidate.evaluations:
+                    raise BundleError(
+                        f"the bundle says that {plan.name} has {candidate.evaluations} "
+                        f"evaluations; it has {plan.evaluations}: tune it again"
+                    )
+                expected_ms = sum(known[size].of(plan.evaluations) for size in sizes)
+                try:
+                    return replace(request, plan=plan).check(), expected_ms
+                except ConfigError as error:  # noise in y, and a plan that draws none
+                    cannot = error
+            if cannot is not None:
+                raise cannot
+        least = sum(known[size].of(front[0].evaluations) for size in sizes)
         raise ConfigError(
-            f"budget_ms {budget_ms:g} is too little: the least here is {expected_ms:.3g} ms, for "
-            f"{images} by {plan.name}; give more, or ask for fewer images"
+            f"budget_ms {budget_ms:g} is too little: the least here is "
+            f"{math.ceil(10 * least) / 10:g} ms, for {request.n} image{'s' * (request.n > 1)} by "
+            f"{front[0].evaluations} evaluations; give more, or ask for fewer images"
         )
 
-    def _learn(self, request: Request, steps: int, milliseconds: float) -> None:
-        """Let what a call of one batch took count for the next ones."""
-        batch = request.n * request.asked_for_each
-        call_ms = self.latency(batch).call_ms
-        self._latencies.note(batch, Latency(call_ms, max(0.0, milliseconds - call_ms) / steps))
+    def _known_latencies(self, request: Request, again: bool) -> dict[int, Latency]:
+        """By samples of a batch; `again` measures what was learned. Does not count as its time."""
+        before, known = time.perf_counter(), {}
+        for size in {len(chunk) for chunk in request.chunks()}:
+            asked = size * request.asked_for_each
+            known[size] = self.latency(asked, again=again and self._latencies.learned(asked))
+        request.deadline.pause(time.perf_counter() - before)
+        request.deadline.step_s = {size: known[size].step_ms / 1e3 for size in known}
+        return known
 
     def _timed(self, n: int) -> Latency:
         """What n samples took now."""

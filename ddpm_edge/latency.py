@@ -1,13 +1,12 @@
 """How long a step takes on this device: measured once for each batch, then remembered.
 
-What is known goes along with what calls take since: a board that gets hot, or another program, is
-seen within a few calls.
+What is known goes along with what plain calls take since, in this process: a board that gets hot,
+or another program, is seen within a few calls.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import threading
@@ -17,15 +16,18 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ddpm_edge import checks
-from ddpm_edge.errors import CacheWarning, ConfigError, RuntimeUnavailableError, warn
+from ddpm_edge.errors import CacheWarning, ConfigError, DdpmEdgeError, warn
+from ddpm_edge.plan import State
 from ddpm_edge.runtimes import Engine, cuda
 from ddpm_edge.runtimes.measured import Measured
 
 FILE = "latency.json"
-STEPS = 5  # of a run, at most
+STEPS, RUN_SECONDS = 5, 0.3  # of a run, or fewer if they take longer than that
 WARM_UP = 3  # runs that are not counted
-RUNS, LEAST_RUNS, SECONDS = 100, 3, 1.5  # as many runs, or fewer if they take longer than that
+RUNS, LEAST_RUNS, SECONDS = 100, 3, 1.5  # of a measurement, likewise
 KEPT = 0.9  # of the runs took no longer
 RECENT = 30  # runs that count
 
@@ -61,7 +63,8 @@ class Latencies:
         self._measured = None if file is None else Measured(file)
         self._model, self._engine = model, engine
         self._recent: dict[int, deque[Latency]] = {}
-        self._one_at_a_time = threading.Lock()
+        self._learned: set[int] = set()
+        self._lock, self._measuring = threading.Lock(), threading.Lock()
 
     def of(self, batch: int, run: Callable[[], Latency], again: bool = False) -> Latency:
         """The latency of a batch; `run` takes the times of one run where it must be measured.
@@ -69,21 +72,39 @@ class Latencies:
         Warns:
             CacheWarning: it cannot be remembered.
         """
-        with self._one_at_a_time:
-            if again or batch not in self._recent:
-                for _ in range(WARM_UP):
-                    run()
-                recalled = None if again else self._recalled(batch)
-                runs = measure(run) if recalled is None else [recalled] * RECENT
+        known = None if again else self._usual(batch)
+        if known is not None:
+            return known
+        with self._measuring:  # one at a time, while others use what is known
+            known = None if again else self._usual(batch)  # by now
+            if known is not None:
+                return known
+            _several(run, WARM_UP, 1)
+            recalled = None if again else self._recalled(batch)
+            runs = [recalled] * RECENT if recalled else _several(run, RUNS, LEAST_RUNS)
+            with self._lock:
                 self._recent[batch] = deque(runs, RECENT)
-                if recalled is None:
-                    self._remember(batch, usual(runs))
-            return usual(self._recent[batch])
+                self._learned.discard(batch)
+            if recalled is None:
+                self._remember(batch, usual(runs))
+            return usual(runs[-RECENT:])
 
-    def note(self, batch: int, latency: Latency) -> None:
+    def note(self, batch: int, milliseconds: float, evaluations: int) -> None:
         """What a call took, of a batch whose latency is known."""
-        with self._one_at_a_time:
-            self._recent[batch].append(latency)
+        with self._lock:
+            recent = self._recent[batch]
+            call_ms = recent[-1].call_ms
+            recent.append(Latency(call_ms, max(0.0, milliseconds - call_ms) / evaluations))
+            self._learned.add(batch)
+
+    def learned(self, batch: int) -> bool:
+        """Whether what is known is not what was measured, but what calls took since."""
+        with self._lock:
+            return batch in self._learned
+
+    def _usual(self, batch: int) -> Latency | None:
+        with self._lock:
+            return usual(self._recent[batch]) if batch in self._recent else None
 
     def _key(self, batch: int) -> str:
         return f"{self._engine}, batch {batch}"
@@ -110,18 +131,18 @@ def engine_name(engine: Engine, threads: int | None) -> str:
     """What a latency depends on besides the model and the machine."""
     words = [f"{engine.runtime} on {engine.device}"]
     if engine.device.startswith("cuda"):
-        with contextlib.suppress(RuntimeUnavailableError):  # ONNX Runtime needs no cuda-bindings
+        with contextlib.suppress(DdpmEdgeError, MemoryError):  # an engine may do without
             words.append(cuda.gpu(engine.device).name)
     if threads is not None:
         words.append(f"{threads} threads")
     return ", ".join(words)
 
 
-def measure(run: Callable[[], Latency]) -> list[Latency]:
+def _several(run: Callable[[], Latency], most: int, least: int) -> list[Latency]:
     """What several runs took."""
     end = time.perf_counter() + SECONDS
     runs: list[Latency] = []
-    while len(runs) < RUNS and (len(runs) < LEAST_RUNS or time.perf_counter() < end):
+    while len(runs) < most and (len(runs) < least or time.perf_counter() < end):
         runs.append(run())
     return runs
 
@@ -132,11 +153,14 @@ def usual(runs: Collection[Latency]) -> Latency:
     return Latency(*(sorted(times)[last] for times in zip(*runs, strict=True)))
 
 
-def timed(start: Callable[[], object], steps: Iterable[object]) -> Latency:
-    """The times of one run: of `start`, and of one of the first `steps`."""
+def timed(start: Callable[[], object], states: Iterable[State]) -> Latency:
+    """The times of one run: of `start`, and of an evaluation, by the first rows of a plan."""
     before = time.perf_counter()
     start()
     begun = time.perf_counter()
-    count = sum(1 for _ in itertools.islice(steps, STEPS))
-    ended = time.perf_counter()
-    return Latency((begun - before) * 1e3, (ended - begun) / count * 1e3)
+    for state in states:
+        evaluations = int(np.count_nonzero(state.plan.evaluate[: state.index + 1]))
+        seconds = time.perf_counter() - begun
+        if evaluations == STEPS or seconds > RUN_SECONDS:
+            break
+    return Latency((begun - before) * 1e3, seconds / evaluations * 1e3)

@@ -127,9 +127,9 @@ def variational_bound(
         prediction: what the network answers, one of `plan.PREDICTIONS`.
         variance: sigma^2 of Algorithm 2, "beta" or "beta-tilde".
         clip: how the predicted x0 is clipped, see `Clip.parse`.
-        timesteps: how many evaluations each image gets, 4..T, in pairs: one pair at t = 1, the
-            others where the bound is made, chosen for every image anew; the estimate has no bias.
-            None or T = every timestep once.
+        timesteps: how many evaluations each image gets, 4..T, in pairs (an odd number is one
+            less): one pair at t = 1, the others where the bound is made, chosen for every image
+            anew; the estimate has no bias. None or T = every timestep once.
         seed: of all draws; image i depends on (seed, first + i) alone. None draws a fresh one.
         first: index of the first image.
         batch: evaluations at once.

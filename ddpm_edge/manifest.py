@@ -201,8 +201,6 @@ class Manifest:
             known_keys("timestep.", document["timestep"], understood["timestep"])
             check_prediction(manifest.prediction, manifest.schedule)
             manifest.make_plan()  # found now, not at the first image
-            for tuned in manifest.tuned.plans if manifest.tuned else ():
-                manifest.make_plan(**tuned.plan)
         except KeyError as error:
             raise BundleError(f"{MANIFEST} has no field {error}; export the model again") from error
         except (TypeError, ConfigError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,29 +58,38 @@ class Deadline:
 
     def __init__(self, milliseconds: float | None) -> None:
         self.step_s: dict[int, float] = {}
-        self.start = self.before = time.perf_counter()
+        self.start = time.perf_counter()
         self.end = np.inf
         if milliseconds is not None:
             self.end = self.start + check_milliseconds("deadline_ms", milliseconds) / 1e3
+        self.begin(0)
 
     def pause(self, seconds: float) -> None:
         """Do not count the last so many seconds."""
         self.start += seconds
-        self.before += seconds
         self.end += seconds
 
     def milliseconds(self) -> float:
         """How long the call has taken."""
         return (time.perf_counter() - self.start) * 1e3
 
-    def near(self, samples: int) -> bool:
-        """Whether another step, of so many samples, would end after it.
+    def begin(self, samples: int) -> None:
+        """Steps of so many samples begin."""
+        self.samples, self.steps = samples, 0
+        self.begun = self.before = time.perf_counter()
 
-        Where it is not known how long that takes: as long as has passed since the last call.
+    def near(self, samples: int) -> bool:
+        """After a step: whether another one, of so many samples, would end too late.
+
+        It is as long as the last one; where it is known how long steps are, as long as that, or
+        longer by what this call's steps are slower.
         """
         now = time.perf_counter()
-        step, self.before = now - self.before, now
-        return now + self.step_s.get(samples, step) > self.end
+        step, self.before, self.steps = now - self.before, now, self.steps + 1
+        if samples in self.step_s and self.samples in self.step_s:
+            slower = (now - self.begun) / max(1e-9, self.steps * self.step_s[self.samples])
+            step = self.step_s[samples] * max(1.0, slower)
+        return now + step > self.end
 
 
 class Made(NamedTuple):
@@ -169,7 +178,7 @@ class Request:
                     f"got {count} images or states in {name} for n = {n}; give one, or n"
                 )
         labels = label_numbers(manifest, label, n)
-        request = cls(
+        return cls(
             n=n,
             labels=labels,
             guidance=_guidance(manifest, labels, label, guidance, guidance_interval),
@@ -182,17 +191,16 @@ class Request:
             sample_shape=manifest.sample_shape,
             deadline=deadline,
         )
-        return request.with_plan(request.plan)
 
-    def with_plan(self, plan: Plan) -> Request:
-        """The same call by another plan.
+    def check(self) -> Request:
+        """This, if its plan can do what is asked.
 
         Raises:
-            ConfigError: it cannot do what is asked.
+            ConfigError: it cannot.
         """
         if self.known.measurement is not None:
-            self.known.measurement.check(plan)
-        return replace(self, plan=plan)
+            self.known.measurement.check(self.plan)
+        return self
 
     @property
     def asked_for_each(self) -> int:
@@ -237,6 +245,7 @@ class Request:
             )
         chunks = self.chunks()
         for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=range(0)):
+            self.deadline.begin(len(chunk))
             x, state, asked, late = self.start(chunk), None, False, False
             for state in self.states(network, chunk, x):
                 x = state.x
@@ -254,6 +263,7 @@ class Request:
 
     def steps(self, network: Network, chunk: range) -> Iterator[Step]:
         """Every step of one batch, as long as there is time."""
+        self.deadline.begin(len(chunk))
         for state in self.states(network, chunk, self.start(chunk)):
             yield self.step(state, chunk)
             if self.deadline.near(len(chunk)):

@@ -8,14 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddpm_edge import checks, noise
 from ddpm_edge._version import __version__
-from ddpm_edge.bundle import Bundle, check_target, write_bundle
+from ddpm_edge.bundle import Bundle, write_bundle
 from ddpm_edge.data import Dataset
 from ddpm_edge.errors import ConfigError, RuntimeUnavailableError
-from ddpm_edge.evaluate import FRECHET, Judge, Progress, draw_samples, mixed_images
+from ddpm_edge.evaluate import (
+    FRECHET,
+    Judge,
+    Progress,
+    draw_samples,
+    in_turn,
+    mixed_images,
+    pictures,
+)
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.generator import Generator
 from ddpm_edge.latency import Latency
@@ -79,13 +85,12 @@ def tune(
     """
     n, seed = checks.whole("n", n, least=BLOCKS), noise.check_seed(seed)
     manifest = generator.bundle.manifest
-    plans = [dict(plan) for plan in plans] or grid(manifest)
+    plans = [dict(checks.mapping("a plan", plan)) for plan in plans] or grid(manifest)
     if len(plans) > MAX_PLANS:
         raise ConfigError(f"plans must be at most {MAX_PLANS}; got {len(plans)}")
     evaluations = [manifest.make_plan(**plan).evaluations for plan in plans]
-    real = mixed_images(test, generator, "test", n).images.transpose(0, 2, 3, 1)
-    judge = Judge(features, real, n)
-    labels = np.arange(n) % len(manifest.class_names) if manifest.class_names else None
+    judge = Judge(features, pictures(mixed_images(test, generator, "test", n)), n)
+    labels = in_turn(manifest, n)
     found: list[TunedPlan] = []
     for plan, count in zip(plans, evaluations, strict=True):
 
@@ -117,7 +122,6 @@ def write_tuned(bundle: Bundle, tuned: Tuned, path: str | Path) -> Bundle:
         BundleError: a file of the bundle was changed; `path` is something else than a bundle.
         OSError: it cannot be written.
     """
-    check_target(Path(path))
     files = {name: bundle.read(name) for name in bundle.files}
     return write_bundle(path, replace(bundle.manifest, tuned=tuned), files)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ddpm_edge import checks
@@ -48,7 +48,8 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return asdict(self) | {"plans": [plan._asdict() for plan in self.plans]}
+        plans = [plan._asdict() for plan in self.plans]
+        return {"figure": self.figure, "settings": dict(self.settings), "plans": plans}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Tuned:

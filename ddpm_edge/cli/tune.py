@@ -104,5 +104,7 @@ def tune(
     click.echo(text_table(COLUMNS, body))
     click.echo(f"{output}: {len(body)} plans, {count} samples each, seed {seed}; {runtime}")
     budget = math.ceil(1.1 * latency.of(front[len(front) // 2].evaluations))
-    words = ["sample", output, "-n", 1, "--budget-ms", budget, "-o", "sample.png"]
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in where.items()]
+    same = [word for pair in given if pair[1] not in (None, "auto", "never") for word in pair]
+    words = ["sample", output, "-n", 1, "--budget-ms", budget, *same, "-o", "sample.png"]
     click.echo(f"Next: {command_line(*words)}")
