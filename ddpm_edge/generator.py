@@ -50,6 +50,7 @@ from ddpm_edge.samplers import inversion
 from ddpm_edge.sampling import Network, enough_memory
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.tasks import Known, Restore, Task, Vary
+from ddpm_edge.tuned import TunedPlan
 
 INVERSION_STEPS = 100
 BUILD = ("never", "missing")
@@ -67,7 +68,7 @@ class Result:
         plan: what ran.
         runtime: on which runtime and device, such as "onnxruntime on cpu".
         variant: the network's precision.
-        milliseconds: wall-clock time of the run.
+        milliseconds: wall-clock time of the run, without what had to be measured for a budget.
         stopped: whether the callback or the deadline ended it early; the last images are then the
             x0 so far.
         expected_ms: how long the plan that was chosen for a budget was expected to take,
@@ -222,10 +223,11 @@ class Generator:
     def latency(self, n: int = 1, *, again: bool = False) -> Latency:
         """How long a step takes on this device for n samples at once, in milliseconds.
 
-        Measured where it is not known, for 1.5 seconds or the time of 15 steps, and remembered in
-        the device's cache until the machine, its power mode or a runtime changes. In this process
-        it then follows what plain calls with a `budget_ms` take. An app that has such calls asks
-        for it when it starts, which also warms up by 15 steps, or its first image waits for it.
+        Measured where it is not known, for 1.5 seconds or the time of three steps, and remembered
+        in the device's cache until the machine, its power mode or a runtime changes. In this
+        process it then follows what plain calls with a `budget_ms` take. An app that has such calls
+        asks for it when it starts, or its first image waits for it; that also warms up, for up to
+        15 steps.
 
         Args:
             n: samples of one batch (see `run`), or twice as many with guidance.
@@ -313,7 +315,8 @@ class Generator:
             budget_ms: milliseconds for which the best plan is taken that is expected to fit, of
                 those that `ddpm-edge tune` measured; in the place of sampler, steps and options.
                 The deadline too, unless another one is given. How long a step takes here must be
-                known: where it is measured first (see `latency`), the call begins after that.
+                known: where it is measured first (see `latency`), the call, and a deadline as well,
+                begin after that.
 
         Raises:
             ConfigError: an argument that cannot work, such as a budget that nothing fits into;
@@ -609,8 +612,8 @@ class Generator:
 
         Args:
             images: one or many, of 256 levels: uint8 (or float32 in [-1, 1]), (H, W, C).
-            timesteps: how many evaluations each image gets, 4..T, in pairs, for an estimate with
-                its standard error; None = every timestep once.
+            timesteps: how many evaluations each image gets, 4..T - 1, in pairs (an odd number is
+                one less), for an estimate with its standard error; None or T = every timestep once.
             seed: see `run`. Image i depends on (seed, first + i) alone.
             label: see `run`; what the images are said to show.
             first: index of the first image.
@@ -688,40 +691,50 @@ class Generator:
     def _fitting(self, request: Request, budget_ms: float) -> tuple[Request, float]:
         """The request by the best plan that fits, and the milliseconds that it should take."""
         tuned = self.bundle.manifest.tuned
-        front = [] if tuned is None else tuned.front()
+        best_first = sorted(tuned.plans if tuned else (), key=lambda p: (p.value, p.evaluations))
         sizes = [len(chunk) for chunk in request.chunks()]
-        for again in (False, True):  # where calls were too slow lately: are they still?
-            known = self._known_latencies(request, again)
-            cannot: ConfigError | None = None
-            for candidate in reversed(front):
-                if sum(known[size].of(candidate.evaluations) for size in sizes) > budget_ms:
-                    continue
-                plan = self._plan_from(request.known, None, None, dict(candidate.plan))
-                if plan.evaluations > candidate.evaluations:
-                    raise BundleError(
-                        f"the bundle says that {plan.name} has {candidate.evaluations} "
-                        f"evaluations; it has {plan.evaluations}: tune it again"
-                    )
-                expected_ms = sum(known[size].of(plan.evaluations) for size in sizes)
+        whole = request.known.strength == 1.0
+        for renew in (False, True):  # where nothing fits: has that been measured lately?
+            known = self._known_latencies(request, renew)
+            least, cannot = math.inf, None
+            for candidate in best_first:
+                count = candidate.evaluations
                 try:
-                    return replace(request, plan=plan).check(), expected_ms
-                except ConfigError as error:  # noise in y, and a plan that draws none
+                    if not whole:  # it has fewer evaluations, whatever their number
+                        count = self._tuned_plan(request.known, candidate).evaluations
+                    expected_ms = sum(known[size].of(count) for size in sizes)
+                    least = min(least, expected_ms)
+                    if expected_ms <= budget_ms:
+                        plan = self._tuned_plan(request.known, candidate)
+                        return replace(request, plan=plan).check(), expected_ms
+                except ConfigError as error:  # such as noise in y, and a plan that draws none
                     cannot = error
             if cannot is not None:
                 raise cannot
-        least = sum(known[size].of(front[0].evaluations) for size in sizes)
         raise ConfigError(
             f"budget_ms {budget_ms:g} is too little: the least here is "
-            f"{math.ceil(10 * least) / 10:g} ms, for {request.n} image{'s' * (request.n > 1)} by "
-            f"{front[0].evaluations} evaluations; give more, or ask for fewer images"
+            f"{math.ceil(10 * least) / 10:g} ms, for {request.n} image{'s' * (request.n > 1)}; "
+            "give more, or ask for fewer images"
         )
 
-    def _known_latencies(self, request: Request, again: bool) -> dict[int, Latency]:
-        """By samples of a batch; `again` measures what was learned. Does not count as its time."""
+    def _tuned_plan(self, known: Known, candidate: TunedPlan) -> Plan:
+        """The plan that was tuned, from where a task begins."""
+        plan = self._plan_from(known, None, None, dict(candidate.plan))
+        if known.strength == 1.0 and plan.evaluations != candidate.evaluations:
+            raise BundleError(
+                f"the bundle says that {plan.name} has {candidate.evaluations} evaluations; it has "
+                f"{plan.evaluations}: tune it again"
+            )
+        return plan
+
+    def _known_latencies(self, request: Request, renew: bool) -> dict[int, Latency]:
+        """By samples of a batch. What must be measured for it does not count as the call's time."""
         before, known = time.perf_counter(), {}
         for size in {len(chunk) for chunk in request.chunks()}:
             asked = size * request.asked_for_each
-            known[size] = self.latency(asked, again=again and self._latencies.learned(asked))
+            if renew:
+                self._latencies.renew(asked, functools.partial(self._timed, asked))
+            known[size] = self.latency(asked)
         request.deadline.pause(time.perf_counter() - before)
         request.deadline.step_s = {size: known[size].step_ms / 1e3 for size in known}
         return known

@@ -30,6 +30,7 @@ WARM_UP = 3  # runs that are not counted
 RUNS, LEAST_RUNS, SECONDS = 100, 3, 1.5  # of a measurement, likewise
 KEPT = 0.9  # of the runs took no longer
 RECENT = 30  # runs that count
+OLD_SECONDS = 60.0  # is a measurement that nothing is refused by
 
 log = logging.getLogger("ddpm_edge")
 
@@ -63,7 +64,8 @@ class Latencies:
         self._measured = None if file is None else Measured(file)
         self._model, self._engine = model, engine
         self._recent: dict[int, deque[Latency]] = {}
-        self._learned: set[int] = set()
+        self._call_ms: dict[int, float] = {}
+        self._measured_at: dict[int, float] = {}
         self._lock, self._measuring = threading.Lock(), threading.Lock()
 
     def of(self, batch: int, run: Callable[[], Latency], again: bool = False) -> Latency:
@@ -81,30 +83,41 @@ class Latencies:
                 return known
             _several(run, WARM_UP, 1)
             recalled = None if again else self._recalled(batch)
-            runs = [recalled] * RECENT if recalled else _several(run, RUNS, LEAST_RUNS)
-            with self._lock:
-                self._recent[batch] = deque(runs, RECENT)
-                self._learned.discard(batch)
-            if recalled is None:
-                self._remember(batch, usual(runs))
-            return usual(runs[-RECENT:])
+            if recalled is not None:
+                return self._know(batch, [recalled] * RECENT, -math.inf)
+            found = self._measure(batch, run)
+            self._remember(batch, found)
+            return found
+
+    def renew(self, batch: int, run: Callable[[], Latency]) -> None:
+        """Measure what was measured more than a minute ago, for this process alone."""
+        with self._measuring:
+            if time.perf_counter() - self._measured_at[batch] > OLD_SECONDS:
+                self._measure(batch, run)
 
     def note(self, batch: int, milliseconds: float, evaluations: int) -> None:
         """What a call took, of a batch whose latency is known."""
         with self._lock:
-            recent = self._recent[batch]
-            call_ms = recent[-1].call_ms
-            recent.append(Latency(call_ms, max(0.0, milliseconds - call_ms) / evaluations))
-            self._learned.add(batch)
-
-    def learned(self, batch: int) -> bool:
-        """Whether what is known is not what was measured, but what calls took since."""
-        with self._lock:
-            return batch in self._learned
+            call_ms = self._call_ms[batch]
+            if milliseconds > call_ms:
+                step_ms = (milliseconds - call_ms) / evaluations
+                self._recent[batch].append(Latency(call_ms, step_ms))
 
     def _usual(self, batch: int) -> Latency | None:
         with self._lock:
-            return usual(self._recent[batch]) if batch in self._recent else None
+            if batch not in self._recent:
+                return None
+            return usual(self._recent[batch])._replace(call_ms=self._call_ms[batch])
+
+    def _measure(self, batch: int, run: Callable[[], Latency]) -> Latency:
+        return self._know(batch, _several(run, RUNS, LEAST_RUNS), time.perf_counter())
+
+    def _know(self, batch: int, runs: list[Latency], measured_at: float) -> Latency:
+        found = usual(runs)
+        with self._lock:
+            self._recent[batch] = deque(runs, RECENT)
+            self._call_ms[batch], self._measured_at[batch] = found.call_ms, measured_at
+        return found
 
     def _key(self, batch: int) -> str:
         return f"{self._engine}, batch {batch}"

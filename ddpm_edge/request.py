@@ -245,8 +245,8 @@ class Request:
             )
         chunks = self.chunks()
         for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=range(0)):
-            self.deadline.begin(len(chunk))
             x, state, asked, late = self.start(chunk), None, False, False
+            self.deadline.begin(len(chunk))
             for state in self.states(network, chunk, x):
                 x = state.x
                 if callback is not None:
@@ -263,8 +263,9 @@ class Request:
 
     def steps(self, network: Network, chunk: range) -> Iterator[Step]:
         """Every step of one batch, as long as there is time."""
+        start = self.start(chunk)
         self.deadline.begin(len(chunk))
-        for state in self.states(network, chunk, self.start(chunk)):
+        for state in self.states(network, chunk, start):
             yield self.step(state, chunk)
             if self.deadline.near(len(chunk)):
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,8 @@ def grid(
     """Plans to measure: every sampler with every number of steps.
 
     Args:
-        manifest: of the bundle; each plan is its default plan but for sampler and steps.
+        manifest: of the bundle. Its default plan's sampler keeps the options that it has there,
+            others have their own defaults.
         samplers: their names; empty = that of the default plan.
         steps: 1..T each; empty = STEPS, as far as there are timesteps.
 
@@ -49,7 +51,8 @@ def grid(
     wanted = [checks.whole("steps", s) for s in steps] or [
         s for s in STEPS if s <= manifest.schedule.T
     ]
-    named = [{"sampler": name} for name in samplers] or [{}]
+    own = manifest.plan.get("sampler")
+    named = [{} if name == own else {"sampler": name} for name in samplers] or [{}]
     plans = [override(manifest.plan, {**name, "steps": s}) for name in named for s in wanted]
     for plan in plans:
         manifest.make_plan(**plan)  # what cannot work is refused before anything is sampled
@@ -85,7 +88,7 @@ def tune(
     """
     n, seed = checks.whole("n", n, least=BLOCKS), noise.check_seed(seed)
     manifest = generator.bundle.manifest
-    plans = [dict(checks.mapping("a plan", plan)) for plan in plans] or grid(manifest)
+    plans = [_in_json(plan) for plan in plans] or grid(manifest)
     if len(plans) > MAX_PLANS:
         raise ConfigError(f"plans must be at most {MAX_PLANS}; got {len(plans)}")
     evaluations = [manifest.make_plan(**plan).evaluations for plan in plans]
@@ -113,6 +116,19 @@ def tune(
         "features": features.digest,
     }
     return Tuned(FRECHET, settings, tuple(found))
+
+
+def _in_json(plan: Any) -> dict[str, Any]:
+    """A plan's arguments as a bundle gives them back."""
+    try:
+        return dict(json.loads(json.dumps(checks.mapping("a plan", plan), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"a plan must be of Python's numbers, texts and lists, to be kept in a bundle; got "
+            f"{checks.shown(plan)} ({error})"
+        ) from error
 
 
 def write_tuned(bundle: Bundle, tuned: Tuned, path: str | Path) -> Bundle:
@@ -144,7 +160,9 @@ def front_png(tuned: Tuned, latency: Latency, title: str) -> bytes:
     axis.plot(times, best, ".-", color="C0", drawstyle="steps-post", label="the best that fits")
     for plan, time in zip(front, times, strict=True):
         axis.annotate(f"{plan.evaluations}", (time, plan.value), (3, 4), textcoords="offset points")
-    axis.set(xscale="log", yscale="log", title=title, ylabel=f"{tuned.figure}, lower is better")
+    axis.set(xscale="log", yscale="log")
+    axis.set_title(title, parse_math=False)
+    axis.set_ylabel(f"{tuned.figure}, lower is better", parse_math=False)
     axis.set_xlabel("milliseconds of one image on this device; numbers are evaluations")
     axis.legend()
     buffer = io.BytesIO()

@@ -55,6 +55,16 @@ class Measured:
             return {}
         return dict(record)
 
+    def drop(self, model: str) -> None:
+        """Forget the figures of a model.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        records = self._records()
+        if records.pop(model, None) is not None:
+            write_bytes(self.file, (json.dumps(records, indent=1) + "\n").encode(), mode=0o644)
+
     def listed(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """All of it, whether still valid or not: SHA-256 of the model, key, figures."""
         for model, records in self._records().items():

@@ -24,7 +24,8 @@ from ddpm_edge.evaluate import FRECHET, evaluate
 from ddpm_edge.features import BUILT_IN as FEATURES
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.images import to_images
-from ddpm_edge.latency import FILE, RECENT, Latencies, Latency, usual
+from ddpm_edge.latency import FILE, OLD_SECONDS, RECENT, Latencies, Latency, usual
+from ddpm_edge.noise import Draws
 from ddpm_edge.runtimes import measured
 from ddpm_edge.tune import STEPS, front_png, grid, tune, write_tuned
 from ddpm_edge.tuned import Tuned, TunedPlan, pareto
@@ -42,7 +43,7 @@ CALL_MS = 1.0
 class Clock:
     """What `time.perf_counter` says; an engine turns it on by 10 ms an image and call.
 
-    And whoever makes images of the states, by 1 ms.
+    And whoever draws where to start, or makes images of the states, by half a ms.
     """
 
     def __init__(self) -> None:
@@ -68,10 +69,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(time, "perf_counter", found)
 
     def slowly(x: np.ndarray, dtype: str) -> np.ndarray:
-        found.seconds += CALL_MS / 1e3
+        found.seconds += CALL_MS / 2e3
         return to_images(x, dtype)
 
+    def drawn(draws: Draws) -> np.ndarray:
+        found.seconds += CALL_MS / 2e3
+        return prior(draws)
+
+    prior = Draws.prior
     monkeypatch.setattr("ddpm_edge.request.to_images", slowly)
+    monkeypatch.setattr(Draws, "prior", drawn)
     return found
 
 
@@ -168,6 +175,7 @@ def test_grid() -> None:
     plans = grid(manifest)
     assert [plan["steps"] for plan in plans] == list(STEPS)
     assert all(plan | {"steps": 20} == dict(manifest.plan) for plan in plans)
+    assert grid(manifest, ["dpmpp"], [20]) == [dict(manifest.plan)]
     two = grid(manifest, ["ddim", "unipc"], [3, 7])
     assert [(plan["sampler"], plan["steps"]) for plan in two] == [
         ("ddim", 3), ("ddim", 7), ("unipc", 3), ("unipc", 7),
@@ -218,6 +226,7 @@ def test_what_cannot_be_tuned(toy: Generator) -> None:
             ({"n": 100}, "100 images are too few for the covariance of 96 features; give n >= 108"),
             ({"n": 5}, "n must be a whole number >= 10"),
             ({"plans": [{}] * 101}, "plans must be at most 100; got 101"),
+            ({"plans": [{"steps": np.int64(3)}]}, "numbers, texts and lists, to be kept in a bun"),
             ({"plans": {"sampler": "ddim"}}, "a plan must map names to values; got 'sampler'"),
             ({"n": 110, "seed": -1}, "seed"),
         ):
@@ -276,6 +285,7 @@ def test_latencies_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert fresh.of(1, lambda: other) == other
     assert latencies(tmp_path).of(2, lambda: other) == other
     assert latencies(tmp_path).of(1, lambda: other, again=True) == other
+    assert latencies(tmp_path).of(1, lambda: first) == other
     now = measured.machine() | {"power_mode": "pmode:0001"}
     monkeypatch.setattr(measured, "machine", lambda: now)
     assert latencies(tmp_path).of(1, lambda: first) == first
@@ -341,12 +351,12 @@ def test_a_budget_below_one_evaluation_names_the_least(tuned: Generator, engine:
     tuned.latency(4)
     calls = len(engine.calls)
     # Rounded up, so that what is named is enough.
-    message = r"budget_ms 40.9 is too little: the least here is 41(\.1)? ms, for 4 images by 1 eval"
+    message = r"budget_ms 40.9 is too little: the least here is 41(\.1)? ms, for 4 images"
     with pytest.raises(ConfigError, match=message):
         tuned.sample(4, budget_ms=40.9)
     assert len(engine.calls) == calls
     assert tuned.run(4, budget_ms=41.1).plan.evaluations == 1
-    with pytest.raises(ConfigError, match=r"the least here is 11(\.1)? ms, for 1 image by"):
+    with pytest.raises(ConfigError, match=r"the least here is 11(\.1)? ms, for 1 image;"):
         tuned.sample(1, budget_ms=9.9)
     engine.pace = 123.456
     tuned.latency(1, again=True)
@@ -398,15 +408,45 @@ def test_a_slow_spell_does_not_last(tuned: Generator, engine: Timed) -> None:
     engine.pace = 3.0
     for _ in range(4):
         assert tuned.run(1, seed=0, budget_ms=15).plan.evaluations == 1
+    for _ in range(3):
+        calls = len(engine.calls)
+        with pytest.raises(ConfigError, match=r"the least here is 31(\.1)? ms"):
+            tuned.run(1, seed=0, budget_ms=15)
+        assert len(engine.calls) == calls  # nothing is measured for it within a minute
+    engine.clock.seconds += OLD_SECONDS + 1
     with pytest.raises(ConfigError, match=r"the least here is 31(\.1)? ms"):  # measured anew
         tuned.run(1, seed=0, budget_ms=15)
+    assert len(engine.calls) > calls
     engine.pace = 1.0
-    tuned.latency(again=True)
-    for pace, count in ((3.0, 4), (1.0, 1)):
-        engine.pace = pace
-        for _ in range(count):
-            assert tuned.run(1, seed=0, budget_ms=15).plan.evaluations == 1
-    assert tuned.latency().step_ms == pytest.approx(10.0)  # as it was measured by the last call
+    engine.clock.seconds += OLD_SECONDS + 1
+    for _ in range(3):
+        assert tuned.run(1, seed=0, budget_ms=15).plan.evaluations == 1
+    assert tuned.latency() == pytest.approx((CALL_MS, 10.0))
+
+
+def test_a_slow_spell_when_it_was_measured_does_not_last(engine: Timed, tmp_path: Path) -> None:
+    bundle = Bundle.open()
+    bundle = replace(bundle, manifest=replace(bundle.manifest, tuned=TUNED))
+    engine.pace = 3.0
+    with Generator(bundle, engine, "fp32", latencies(tmp_path)) as generator:
+        generator.latency()
+    text = (tmp_path / FILE).read_text()
+    engine.pace = 1.0
+    again = Generator(bundle, engine, "fp32", latencies(tmp_path))
+    assert again.run(1, seed=0, budget_ms=15).plan.evaluations == 1
+    assert again.latency().step_ms == pytest.approx(10.0)
+    assert (tmp_path / FILE).read_text() == text  # what one process finds out stays there
+
+
+def test_one_slow_run_does_not_count(clock: Clock) -> None:
+    known = Latencies(None, "", "")
+    runs = iter([*[Latency(1.0, 2.0)] * 102, *[Latency(30.0, 2.0)] * 99])
+    assert known.of(1, lambda: next(runs)) == (1.0, 2.0)
+    for _ in range(40):
+        known.note(1, 11.0, 5)
+    assert known.of(1, lambda: next(runs)) == (1.0, 2.0)
+    known.note(1, 0.5, 5)  # no time at all: of no step
+    assert known.of(1, lambda: next(runs)).step_ms == 2.0
 
 
 def test_rows_that_do_not_ask_take_no_step(engine: Timed) -> None:
@@ -446,10 +486,10 @@ def test_threads_do_not_wait_for_another_batch_to_be_measured(tuned: Generator) 
 
 def test_tasks_have_budgets_as_well(tuned: Generator) -> None:
     photo = np.zeros((28, 28, 1), np.uint8)
-    result = tuned.run(task=Vary(photo, 0.005), seed=0, budget_ms=402)  # 5 of the 1000 timesteps
+    result = tuned.run(task=Vary(photo, 0.005), seed=0, budget_ms=52)  # 5 of the 1000 timesteps
     assert result.plan.evaluations == 5
     assert result.expected_ms == result.milliseconds == pytest.approx(50 + CALL_MS)
-    nothing = tuned.run(task=Vary(photo, 0.0), seed=0, budget_ms=12)
+    nothing = tuned.run(task=Vary(photo, 0.0), seed=0, budget_ms=2)
     assert (nothing.plan.evaluations, nothing.expected_ms) == (0, pytest.approx(CALL_MS))
     hole = Restore(photo, Mask(np.eye(28)))
     assert tuned.run(task=hole, seed=0, budget_ms=102).plan.evaluations == 10
@@ -459,7 +499,8 @@ def test_tasks_have_budgets_as_well(tuned: Generator) -> None:
 def test_noise_in_what_is_known_needs_a_plan_that_draws_some(engine: Timed) -> None:
     bundle, photo = Bundle.open(), np.zeros((28, 28, 1), np.uint8)
     noisy = Restore(photo, Mask(np.eye(28)), 0.1)
-    drawing = TunedPlan({"sampler": "ddim", "steps": 3, "eta": 1.0}, 3, 3.0, 0.1)
+    # Not on the front: ddim in two steps is better.
+    drawing = TunedPlan({"sampler": "ddim", "steps": 3, "eta": 1.0}, 3, 5.0, 0.1)
     mixed = replace(TUNED, plans=(*TUNED.plans, drawing))
     plan = {"sampler": "ddim", "steps": 5}  # the default draws none
     for tuned, budget, steps in ((mixed, 105, 3), (mixed, 25, None), (TUNED, 105, None)):
@@ -472,6 +513,15 @@ def test_noise_in_what_is_known_needs_a_plan_that_draws_some(engine: Timed) -> N
                 assert len(generator.run(task=noisy, budget_ms=budget).plan) == steps
             with pytest.raises(ConfigError, match="needs a sampler that draws noise, and ddim"):
                 generator.stream(task=noisy)
+
+
+def test_listed_timesteps_and_a_variation(engine: Timed) -> None:
+    bundle, plan = Bundle.open(), {"sampler": "ddim", "spacing": [900, 500, 1]}
+    tuned = replace(TUNED, plans=(TunedPlan(plan, 3, 1.0, 0.1),))
+    manifest = replace(bundle.manifest, tuned=tuned)
+    with Generator(replace(bundle, manifest=manifest), engine, "fp32") as generator:
+        task = Vary(np.zeros((28, 28, 1), np.uint8), 0.95)
+        assert generator.run(task=task, budget_ms=1e3).plan.evaluations == 4  # 950 as well
 
 
 def test_a_bundle_that_says_what_is_not_so(engine: Timed) -> None:
@@ -582,4 +632,13 @@ def test_command(tmp_path: Path) -> None:
 def test_a_picture_of_one_plan() -> None:
     pytest.importorskip("matplotlib")
     alone = replace(TUNED, plans=TUNED.plans[:1])
-    assert front_png(alone, Latency(0.0, 5.0), "title").startswith(b"\x89PNG")
+    assert front_png(alone, Latency(0.0, 5.0), r"a name: $\q$").startswith(b"\x89PNG")
+
+
+def test_what_was_measured_of_a_model_is_dropped(tmp_path: Path) -> None:
+    for model in ("one", "two"):
+        latencies(tmp_path, model).of(1, lambda: Latency(1.0, 2.0))
+    measured.Measured(tmp_path / FILE).drop("one")
+    measured.Measured(tmp_path / FILE).drop("three")
+    kept = [model for model, _, _ in measured.Measured(tmp_path / FILE).listed()]
+    assert kept == ["two"]

@@ -81,7 +81,8 @@ def tune(
                 progress=progress.update,
             )  # fmt: skip
         tuning.write_tuned(generator.bundle, tuned, output)
-        latency = generator.latency()
+        guided = guidance not in (None, 1.0)
+        latency = generator.latency(2 if guided else 1)
         runtime, name = generator.runtime, generator.bundle.manifest.name
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
@@ -106,5 +107,6 @@ def tune(
     budget = math.ceil(1.1 * latency.of(front[len(front) // 2].evaluations))
     given = [(f"--{name.replace('_', '-')}", value) for name, value in where.items()]
     same = [word for pair in given if pair[1] not in (None, "auto", "never") for word in pair]
+    same += ["--label", 0, "--guidance", f"{guidance:g}"] if guided else []
     words = ["sample", output, "-n", 1, "--budget-ms", budget, *same, "-o", "sample.png"]
     click.echo(f"Next: {command_line(*words)}")
