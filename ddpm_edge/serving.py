@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm_edge.arrays import Array
 from ddpm_edge.bundle import Bundle
-from ddpm_edge.errors import DdpmEdgeError, EngineError
+from ddpm_edge.errors import ConfigError, DdpmEdgeError, EngineError
 from ddpm_edge.generator import Generator
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
@@ -61,12 +61,15 @@ class TritonEngine:
             backend.Tensor(name, np.ascontiguousarray(a if a.ndim > 1 else a[:, None]))
             for name, a in arrays.items()
         ]
-        response = backend.InferenceRequest(
-            model_name=self.device,
-            requested_output_names=["prediction"],
-            inputs=tensors,
-            preferred_memory=backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU),
-        ).exec()
+        try:
+            response = backend.InferenceRequest(
+                model_name=self.device,
+                requested_output_names=["prediction"],
+                inputs=tensors,
+                preferred_memory=backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU),
+            ).exec()
+        except backend.TritonModelException as error:  # such as: it is not loaded
+            raise EngineError(f"{self.device} failed: {error}") from error
         if response.has_error():
             raise EngineError(f"{self.device} failed: {response.error().message()}")
         answer = backend.get_output_tensor_by_name(response, "prediction").as_numpy()
@@ -93,6 +96,7 @@ class TritonPythonModel:
         bundle = Bundle.open(folder / "bundle")
         engine = TritonEngine(given["network"], bundle.manifest, int(given["max_batch"]))
         self.generator = Generator(bundle, engine, given["variant"])
+        self.max_images = int(given["max_images"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """A response to each request, in their order."""
@@ -105,7 +109,13 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         backend = triton()
         try:
-            result = self.generator.run(**_arguments(request))
+            arguments = _arguments(request)
+            if arguments["n"] > self.max_images:
+                raise ConfigError(
+                    f"n must be at most {self.max_images} in one request; got {arguments['n']}: ask"
+                    " for others by first"
+                )
+            result = self.generator.run(**arguments, callback=lambda _: request.is_cancelled())
         except (DdpmEdgeError, MemoryError) as error:
             failed = backend.TritonError(str(error) or "not enough memory")
             return backend.InferenceResponse(output_tensors=[], error=failed)
@@ -127,6 +137,9 @@ def _arguments(request: Any) -> dict[str, Any]:
         tensor = backend.get_input_tensor_by_name(request, name)
         if tensor is None:
             continue
-        values = [v.decode() if isinstance(v, bytes) else v for v in tensor.as_numpy().tolist()]
+        values = [
+            v.decode(errors="replace") if isinstance(v, bytes) else v
+            for v in tensor.as_numpy().tolist()
+        ]
         found[name] = values[0] if name in ONE or len(values) == 1 else values
     return found

@@ -15,23 +15,31 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ddpm_edge import checks
+from ddpm_edge.build import BuildOptions
 from ddpm_edge.bundle import Bundle, write_bundle
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.files import check_writable, replace_directory, temporary_name, write_bytes
+from ddpm_edge.files import (
+    check_writable,
+    replace_directory,
+    sync_directory,
+    temporary_name,
+    write_bytes,
+)
 from ddpm_edge.manifest import Manifest
 
 LOOPS = 4  # that run at once, a process each
-QUEUE_US = 500  # how long the network's batcher waits for another loop
+MAX_IMAGES = 256  # of a request, whose answer must fit into shared memory
+MARK = "# ddpm-edge: the {}\n"  # by which a model is known as one that may be replaced
 MODEL = """from ddpm_edge.serving import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 """
-MOST_BATCH = 1024
+MOST_BATCH, MOST_IMAGES = 1024, 100_000
 TYPES = {
     "float32": "TYPE_FP32", "int32": "TYPE_INT32", "int64": "TYPE_INT64", "uint64": "TYPE_UINT64",
     "uint8": "TYPE_UINT8", "str": "TYPE_STRING",
@@ -90,64 +98,79 @@ def write_repository(
     variant: str | None = None,
     name: str | None = None,
     engine: str | Path | None = None,
-    max_batch: int = 32,
+    max_batch: int | None = None,
     loops: int = LOOPS,
+    max_images: int = MAX_IMAGES,
 ) -> str:
-    """Write the two models of a bundle into a model repository; other models there stay.
+    """Write the two models of a bundle into a model repository.
 
     Args:
         bundle: the bundle.
-        path: the repository, which is made; models of these names are replaced.
+        path: the repository, which is made. What this function wrote under these names is
+            replaced, other models stay.
         variant: precision of the network; None = fp32.
         name: of the loop; None = the bundle's name.
         engine: a file that `ddpm-edge build -o` wrote, for the TensorRT backend of the same
             TensorRT on the same GPU; None = the ONNX Runtime backend.
         max_batch: of the network, guidance asks about each sample twice; of an engine, no more than
-            it was built for.
+            it was built for. None = what `build` takes.
         loops: that run at once.
+        max_images: of one request.
 
     Returns:
         The name of the loop.
 
     Raises:
-        ConfigError: an argument that cannot work.
+        ConfigError: an argument that cannot work, or a name that another model has.
         BundleError: no such variant, or a changed file.
         OSError: it cannot be written.
     """
     manifest, path = bundle.manifest, Path(path)
     name = _model_name(manifest.name if name is None else name)
-    max_batch = checks.whole("max_batch", max_batch, most=MOST_BATCH)
+    network = f"{name}-network"
+    guided = bool(manifest.class_names) and manifest.null_label is not None
+    most = BuildOptions().profile(manifest).most if max_batch is None else max_batch
+    most = checks.whole("max_batch", most, least=2 if guided else 1, most=MOST_BATCH)
     loops = checks.whole("loops", loops, most=MOST_BATCH)
+    max_images = checks.whole("max_images", max_images, most=MOST_IMAGES)
     variant, model = bundle.model(variant)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; a model repository is a directory")
-    check_writable(path)
-    file = "model.onnx"
+    backend, file = "onnxruntime", "model.onnx"
     if engine is not None:
-        file, model = "model.plan", Path(engine).read_bytes()
-    network = f"{name}-network"
-    backend = "onnxruntime" if engine is None else "tensorrt"
-    path.mkdir(parents=True, exist_ok=True)
-    _write(
-        path / network,
-        config(
-            network, backend, *network_tensors(manifest), max_batch=max_batch,
-            more=f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_US} }}",
-        ),
-        {file: model},
-    )  # fmt: skip
-    parameters = {"network": network, "variant": variant, "max_batch": str(max_batch)}
+        backend, file, model = "tensorrt", "model.plan", Path(engine).read_bytes()
+    parameters = {
+        "network": network, "variant": variant, "max_batch": most, "max_images": max_images,
+    }  # fmt: skip
     more = [f"instance_group [ {{ kind: KIND_CPU count: {loops} }} ]"]
     more += [
-        f"parameters {{ key: {json.dumps(k)} value {{ string_value: {json.dumps(v)} }} }}"
+        f'parameters {{ key: "{k}" value {{ string_value: {json.dumps(str(v))} }} }}'
         for k, v in parameters.items()
     ]
-    _write(
-        path / name,
-        config(name, "python", *loop_tensors(manifest), max_batch=0, more="\n".join(more)),
-        {"model.py": MODEL.encode()},
-        bundle,
-    )
+    configs = {
+        network: MARK.format("network")
+        + config(network, backend, *network_tensors(manifest), most, ["dynamic_batching { }"]),
+        name: MARK.format("loop") + config(name, "python", *loop_tensors(manifest), 0, more),
+    }
+    for model_name, text in configs.items():
+        _check_place(path / model_name, text.partition("\n")[0])
+    check_writable(path)
+    path.mkdir(parents=True, exist_ok=True)
+    # Beside the repository: Triton takes every directory in it for a model.
+    temporary = temporary_name(path.absolute())
+    try:
+        for model_name, text in configs.items():
+            (temporary / model_name / "1").mkdir(parents=True)
+            write_bytes(temporary / model_name / "config.pbtxt", text.encode())
+        write_bytes(temporary / network / "1" / file, model)
+        write_bytes(temporary / name / "1" / "model.py", MODEL.encode())
+        content = {entry: bundle.read(entry) for entry in bundle.files}
+        write_bundle(temporary / name / "1" / "bundle", manifest, content)
+        for model_name in configs:
+            replace_directory(temporary / model_name, path / model_name)
+        sync_directory(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return name
 
 
@@ -156,15 +179,14 @@ def config(
     backend: str,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
-    *,
     max_batch: int,
-    more: str,
+    more: Sequence[str],
 ) -> str:
     """A `config.pbtxt`: Triton's ModelConfig as text."""
     lines = [f"name: {json.dumps(name)}", f'backend: "{backend}"', f"max_batch_size: {max_batch}"]
     for kind, tensors in (("input", inputs), ("output", outputs)):
         lines += [f"{kind} {{ {' '.join(_fields(tensor))} }}" for tensor in tensors]
-    return "\n".join([*lines, more]) + "\n"
+    return "\n".join([*lines, *more]) + "\n"
 
 
 def _fields(tensor: Tensor) -> list[str]:
@@ -184,21 +206,10 @@ def _model_name(name: str) -> str:
     return name
 
 
-def _write(
-    folder: Path, text: str, files: Mapping[str, bytes], bundle: Bundle | None = None
-) -> None:
-    """Write a model, or replace it: its directory appears when it is whole."""
-    if folder.exists() and not (folder / "config.pbtxt").is_file():
-        raise ConfigError(f"{folder} exists and is no model of Triton's; give another name")
-    temporary = temporary_name(folder)
-    (temporary / "1").mkdir(parents=True)
-    try:
-        write_bytes(temporary / "config.pbtxt", text.encode())
-        for name, data in files.items():
-            write_bytes(temporary / "1" / name, data)
-        if bundle is not None:
-            content = {name: bundle.read(name) for name in bundle.files}
-            write_bundle(temporary / "1" / "bundle", bundle.manifest, content)
-        replace_directory(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _check_place(folder: Path, mark: str) -> None:
+    """Raise ConfigError if something else than such a model of ours would be replaced."""
+    if not folder.exists():
+        return
+    config = folder / "config.pbtxt"
+    if not config.is_file() or not config.read_bytes().startswith(mark.encode()):
+        raise ConfigError(f"{folder} exists and is none of this command; give another name")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import TINY
+from helpers import TINY, tiny_model
 
 from ddpm_edge import Bundle, Generator
+from ddpm_edge.build import BuildOptions
 from ddpm_edge.bundle import write_bundle
 from ddpm_edge.cli import main
 from ddpm_edge.errors import BundleError, ConfigError, EngineError
@@ -82,7 +83,7 @@ class Triton:
             for path in repository.glob("*/1/model.onnx")
         }
         self.asked: list[int] = []
-        self.broken = ""
+        self.broken, self.unloaded = "", False
 
     def module(self) -> ModuleType:
         """Its triton_python_backend_utils."""
@@ -97,15 +98,18 @@ class Triton:
                 self.given = given
 
             def exec(self) -> Response:
+                if server.unloaded:
+                    raise utils.TritonModelException("is not ready")
                 return server.infer(self.given["model_name"], self.given["inputs"])
 
         utils: Any = ModuleType("triton_python_backend_utils")
         utils.Tensor, utils.InferenceRequest = Tensor, InferenceRequest
         utils.TRITONSERVER_MEMORY_CPU = "cpu"
         utils.PreferredMemory = lambda kind: ("memory", kind)
+        utils.TritonModelException = type("TritonModelException", (Exception,), {})
         utils.TritonError = lambda text: SimpleNamespace(message=lambda: text)
         utils.InferenceResponse = lambda output_tensors, error=None: Response(output_tensors, error)
-        utils.get_input_tensor_by_name = lambda request, name: request.get(name)
+        utils.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
         utils.get_output_tensor_by_name = lambda response, name: next(
             t for t in response.output_tensors if t.tensor_name == name
         )
@@ -180,7 +184,16 @@ def loop(triton: Triton, repository: Path) -> Iterator[Any]:
     model.finalize()
 
 
-def request(triton: Triton, **inputs: Any) -> dict[str, Tensor]:
+@dataclass
+class Request:
+    tensors: dict[str, Tensor]
+    cancelled: bool = False
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+
+def request(triton: Triton, **inputs: Any) -> Request:
     """A request, if Triton would let it through."""
     config = triton.configs["fashion-mnist"]
     entries = {entry.name: entry for entry in config.input}
@@ -188,7 +201,7 @@ def request(triton: Triton, **inputs: Any) -> dict[str, Tensor]:
         assert entry.optional or name in inputs
     for name, array in inputs.items():
         check(array, entries[name], None, config)
-    return {name: Tensor(name, array) for name, array in inputs.items()}
+    return Request({name: Tensor(name, array) for name, array in inputs.items()})
 
 
 def answered(triton: Triton, response: Response) -> dict[str, np.ndarray]:
@@ -208,7 +221,7 @@ def test_configs_are_what_triton_reads(repository: Path) -> None:
     network = parsed(repository / "fashion-mnist-network" / "config.pbtxt")
     assert (network.name, network.backend) == ("fashion-mnist-network", "onnxruntime")
     assert network.max_batch_size == 32
-    assert network.dynamic_batching.max_queue_delay_microseconds == 500
+    assert network.HasField("dynamic_batching")
     loop = parsed(repository / "fashion-mnist" / "config.pbtxt")
     assert (loop.name, loop.backend, loop.max_batch_size) == ("fashion-mnist", "python", 0)
     assert loop.instance_group[0].count == 4
@@ -236,8 +249,6 @@ def test_the_network_s_tensors_are_the_model_s(repository: Path) -> None:
 
 
 def test_a_model_without_labels() -> None:
-    from dataclasses import replace
-
     plain = replace(TINY, class_names=(), has_null_label=False)
     assert [tensor.name for tensor in network_tensors(plain)[0]] == ["x", "t"]
     assert not {"label", "guidance"} & {tensor.name for tensor in loop_tensors(plain)[0]}
@@ -278,7 +289,10 @@ def test_what_is_too_much_at_once_is_asked_in_parts(loop: Any, triton: Triton) -
     ("inputs", "message"),
     [
         ({"n": np.array([0])}, "n must be a whole number >= 1; got 0"),
+        ({"n": np.array([257])}, "n must be at most 256 in one request; got 257"),
+        ({"n": np.array([2**62])}, "n must be at most 256"),
         ({"sampler": np.array([b"dimm"], np.object_)}, "did you mean 'ddim'"),
+        ({"sampler": np.array([b"\xff"], np.object_)}, "sampler must be one of"),
         ({"label": np.array([11])}, "no label 11"),
         ({"label": np.array([1, 2, 3])}, "got 3 labels for n = 2"),
         ({"deadline_ms": np.array([np.nan], np.float32)}, "deadline_ms must be"),
@@ -300,9 +314,34 @@ def test_a_network_that_fails(loop: Any, triton: Triton) -> None:
     (refused,) = loop.execute([request(triton, n=np.array([1]))])
     text = refused.error().message()
     assert text == "fashion-mnist-network failed: out of GPU memory"
-    triton.broken = ""
+    triton.broken, triton.unloaded = "", True
+    (refused,) = loop.execute([request(triton, n=np.array([1]))])
+    assert refused.error().message() == "fashion-mnist-network failed: is not ready"
+    triton.unloaded = False
     (made,) = loop.execute([request(triton, n=np.array([1]), steps=np.array([1]))])
     answered(triton, made)
+
+
+def test_a_request_that_was_cancelled_stops(loop: Any, triton: Triton) -> None:
+    gone = request(triton, n=np.array([1]))
+    gone.cancelled = True
+    (made,) = loop.execute([gone])
+    assert answered(triton, made)["stopped"][0] == 1
+    assert triton.asked == [1]
+
+
+def test_requests_at_different_steps_share_a_batch(triton: Triton) -> None:
+    # What Triton's batcher does: the rows of two requests in one evaluation.
+    engine = triton.engines["fashion-mnist-network"]
+    rng = np.random.default_rng(0)
+    asked = [
+        {"x": rng.standard_normal((n, 1, 28, 28)).astype(np.float32),
+         "t": rng.integers(0, 1000, n), "label": rng.integers(0, 11, n)}
+        for n in (1, 3)
+    ]  # fmt: skip
+    joined = engine({name: np.concatenate([a[name] for a in asked]) for name in asked[0]})
+    alone = np.concatenate([engine(a)["prediction"] for a in asked])
+    np.testing.assert_allclose(joined["prediction"], alone, atol=1e-5)
 
 
 def test_the_engine_checks_what_it_is_asked(triton: Triton) -> None:
@@ -321,18 +360,36 @@ def test_the_engine_checks_what_it_is_asked(triton: Triton) -> None:
 
 
 def test_what_is_there_is_replaced_or_left_alone(tmp_path: Path) -> None:
-    bundle = Bundle.open()
-    (tmp_path / "repo" / "other" / "1").mkdir(parents=True)
-    write_repository(bundle, tmp_path / "repo", max_batch=8)
-    write_repository(bundle, tmp_path / "repo", max_batch=4, name="second", loops=2)
-    write_repository(bundle, tmp_path / "repo", max_batch=16)
-    config = parsed(tmp_path / "repo" / "fashion-mnist-network" / "config.pbtxt")
+    bundle, repository = Bundle.open(), tmp_path / "repo"
+    (repository / "other" / "1").mkdir(parents=True)
+    (repository / "resnet").mkdir()
+    (repository / "resnet" / "config.pbtxt").write_text('name: "resnet"')
+    write_repository(bundle, repository, max_batch=8)
+    write_repository(bundle, repository, max_batch=4, name="second", loops=2)
+    write_repository(bundle, repository, max_batch=16)
+    config = parsed(repository / "fashion-mnist-network" / "config.pbtxt")
     assert config.max_batch_size == 16
-    assert sorted(p.name for p in (tmp_path / "repo").iterdir()) == [
-        "fashion-mnist", "fashion-mnist-network", "other", "second", "second-network",
+    names = [
+        "fashion-mnist", "fashion-mnist-network", "other", "resnet", "second", "second-network",
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="other exists and is no model of Triton's"):
-        write_repository(bundle, tmp_path / "repo", name="other")
+    for name in ("other", "resnet", "fashion-mnist-network"):
+        with pytest.raises(ConfigError, match=f"{name} exists and is none of this command; give"):
+            write_repository(bundle, repository, name=name)
+    assert sorted(p.name for p in repository.iterdir()) == names
+    assert [p.name for p in tmp_path.iterdir()] == ["repo"]
+
+
+def test_the_batch_is_what_build_takes(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    files = {"unet.onnx": tiny_model().SerializeToString()}
+    assert onnx
+    for has, most in ((True, 32), (False, 16)):  # without a null label nobody asks twice
+        manifest = replace(TINY, has_null_label=has)
+        bundle = write_bundle(tmp_path / "bundle", manifest, files)
+        write_repository(bundle, tmp_path / "repo")
+        text = (tmp_path / "repo" / "tiny-network" / "config.pbtxt").read_text()
+        assert f"max_batch_size: {most}\n" in text
+        assert BuildOptions().profile(manifest).most == most
 
 
 def test_an_engine_in_the_place_of_onnx(tmp_path: Path) -> None:
@@ -350,7 +407,8 @@ def test_an_engine_in_the_place_of_onnx(tmp_path: Path) -> None:
     [
         ({"name": "a/b"}, ConfigError, "letters, digits and _ . -; got 'a/b'"),
         ({"name": "../x"}, ConfigError, "letters, digits"),
-        ({"max_batch": 0}, ConfigError, "max_batch must be a whole number >= 1"),
+        ({"max_batch": 1}, ConfigError, "max_batch must be a whole number >= 2"),
+        ({"max_images": 0}, ConfigError, "max_images must be"),
         ({"loops": 0}, ConfigError, "loops must be"),
         ({"variant": "fp16"}, BundleError, "has no variant 'fp16'; its variants are fp32"),
     ],
@@ -367,8 +425,6 @@ def test_bad_arguments(
 
 
 def test_a_name_that_is_text_in_a_config(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     built_in = Bundle.open()
     files = {name: built_in.read(name) for name in built_in.files}
     named = write_bundle(tmp_path / "b", replace(built_in.manifest, name='a" b'), files)

@@ -71,7 +71,7 @@ DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
     help="triton: an engine that `ddpm-edge build -o` wrote, in the place of the ONNX file.",
 )
 @click.option(
-    "--max-batch", type=int, default=32, show_default=True, help="triton: most of an evaluation."
+    "--max-batch", type=int, help="triton: most of an evaluation.  [default: as for build]"
 )
 @cache_option
 @plan_options
