@@ -11,18 +11,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddpm_edge import checks
+from ddpm_edge import checks, latency
 from ddpm_edge.bundle import Bundle
 from ddpm_edge.errors import ConfigError, EngineError
 from ddpm_edge.export.to_tensorrt import Profile, Progress, build_engine
 from ddpm_edge.files import check_writable, write_bytes
-from ddpm_edge.latency import FILE as LATENCY_FILE
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.cuda import GPU
 from ddpm_edge.runtimes.engine_cache import Built, EngineCache, cache_directory
 from ddpm_edge.runtimes.flavour import Flavour, flavour_for
-from ddpm_edge.runtimes.measured import Measured
 from ddpm_edge.runtimes.trt import TensorRTEngine, engine_key
 from ddpm_edge.sampling import MAX_BATCH
 
@@ -168,7 +166,7 @@ def build(
     if not built.cached:
         log.info("built the engine: %s", built.reason)
         with contextlib.suppress(OSError):  # those of the engine before
-            Measured(directory / LATENCY_FILE).drop(key.model)
+            latency.measured_in(directory).drop(key.model)
     if output is not None:
         write_bytes(output, built.engine)
     return BuildReport(built, name, flavour, gpu, profile, time.perf_counter() - start)

@@ -163,7 +163,7 @@ def evaluate(
     }
     if beside is not None:
         check_comparable(beside["settings"], settings)
-    labels = in_turn(manifest, n)
+    labels = labels_in_turn(manifest, n)
     if wanted:
         _labels_of(real, generator)
     judge = None if features is None else Judge(features, pictures(rest), n)
@@ -391,7 +391,7 @@ def _labels_of(data: Dataset, generator: Generator, n: int | None = None) -> lis
     return None
 
 
-def in_turn(manifest: Manifest, n: int) -> Int64 | None:
+def labels_in_turn(manifest: Manifest, n: int) -> Int64 | None:
     """The labels of n samples, int64 (n,), where the model has labels."""
     names = manifest.class_names
     return np.arange(n) % len(names) if names else None

@@ -26,8 +26,7 @@ from ddpm_edge.errors import (
     ForkError,
 )
 from ddpm_edge.images import from_images, to_images
-from ddpm_edge.latency import FILE as LATENCY_FILE
-from ddpm_edge.latency import Latencies, Latency, engine_name, timed
+from ddpm_edge.latency import Latencies, Latency, engine_name, measured_in, timed
 from ddpm_edge.latents import slerp
 from ddpm_edge.likelihood import Bound, levels, variational_bound
 from ddpm_edge.plan import Plan
@@ -50,7 +49,7 @@ from ddpm_edge.samplers import inversion
 from ddpm_edge.sampling import Network, enough_memory
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.tasks import Known, Restore, Task, Vary
-from ddpm_edge.tuned import TunedPlan
+from ddpm_edge.tuned import Tuned, TunedPlan
 
 INVERSION_STEPS = 100
 BUILD = ("never", "missing")
@@ -100,7 +99,9 @@ class Generator:
         self.bundle = bundle
         self.variant = variant
         self._network: Network | None = Network(engine, bundle.manifest)
-        self._latencies = latencies or Latencies(None, "", engine_name(engine, None))
+        self._latencies = latencies or Latencies(
+            None, "", functools.partial(engine_name, engine, None)
+        )
         self._pid = os.getpid()
         # A plan takes longer to make than a step of the loop to run; the same call makes the same,
         # and a budget looks at all that were tuned.
@@ -142,8 +143,9 @@ class Generator:
         name, engine = open_bundle(bundle, runtime, device, variant, threads, cache_dir, build)
         try:
             model = bundle.files[bundle.manifest.variants[name]["file"]]["sha256"]
-            file = cache_directory(cache_dir) / LATENCY_FILE
-            return cls(bundle, engine, name, Latencies(file, model, engine_name(engine, threads)))
+            told = functools.partial(engine_name, engine, threads)
+            latencies = Latencies(measured_in(cache_directory(cache_dir)), model, told)
+            return cls(bundle, engine, name, latencies)
         except BaseException:
             engine.close()
             raise
@@ -327,8 +329,9 @@ class Generator:
         """
         network, runtime = self._open(), self.runtime
         check_dtype(dtype)
+        tuned = None
         if budget_ms is not None:
-            self._check_budget(budget_ms, sampler=sampler, steps=steps, **options)
+            tuned = self._tuned_for(budget_ms, sampler=sampler, steps=steps, **options)
         request = self._request(
             n,
             sampler,
@@ -345,16 +348,16 @@ class Generator:
             deadline_ms=budget_ms if deadline_ms is None else deadline_ms,
         )
         expected_ms = None
-        if budget_ms is None:
+        if budget_ms is None or tuned is None:
             request.check()
         else:
-            request, expected_ms = self._fitting(request, budget_ms)
+            request, expected_ms = self._fitting(request, budget_ms, tuned)
         images = []
         for made in request.made(network, callback):
             images.append(request.images(made.x0, made.chunk, dtype))
         milliseconds = request.deadline.milliseconds()
         plain = callback is None and task is None and guidance is None
-        if budget_ms is not None and plain and made.state and request.n <= request.batch:
+        if tuned is not None and plain and made.state and request.n <= request.batch:
             evaluations = np.count_nonzero(request.plan.evaluate[: made.state.index + 1])
             self._latencies.note(request.n, milliseconds, int(evaluations))
         return Result(
@@ -674,24 +677,29 @@ class Generator:
         with enough_memory(1 if n is None else n):
             return Request.of(self.bundle.manifest, n, plan=plan, **call)
 
-    def _check_budget(self, budget_ms: float, **plan: Any) -> None:
-        """Raise ConfigError unless the best plan within a budget can be asked for."""
+    def _tuned_for(self, budget_ms: float, **plan: Any) -> Tuned:
+        """How good plans are, for a call with a budget and these arguments of a plan.
+
+        Raises:
+            ConfigError: there may be none of them, or nobody measured it.
+        """
         check_milliseconds("budget_ms", budget_ms)
         given = [k for k, v in plan.items() if v is not None or k not in ("sampler", "steps")]
         if given:
             raise ConfigError(
                 f"budget_ms chooses the plan; leave {', '.join(given)} out, or give deadline_ms"
             )
-        if self.bundle.manifest.tuned is None:
+        tuned = self.bundle.manifest.tuned
+        if tuned is None:
             raise ConfigError(
                 f"budget_ms needs to know how good plans are, and the bundle "
                 f"{self.bundle.manifest.name!r} does not say: `ddpm-edge tune` measures it"
             )
+        return tuned
 
-    def _fitting(self, request: Request, budget_ms: float) -> tuple[Request, float]:
+    def _fitting(self, request: Request, budget_ms: float, tuned: Tuned) -> tuple[Request, float]:
         """The request by the best plan that fits, and the milliseconds that it should take."""
-        tuned = self.bundle.manifest.tuned
-        best_first = sorted(tuned.plans if tuned else (), key=lambda p: (p.value, p.evaluations))
+        best_first = sorted(tuned.plans, key=lambda plan: (plan.value, plan.evaluations))
         sizes = [len(chunk) for chunk in request.chunks()]
         whole = request.known.strength == 1.0
         for renew in (False, True):  # where nothing fits: has that been measured lately?

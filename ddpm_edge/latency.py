@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,21 +52,37 @@ class Latency(NamedTuple):
         return self.call_ms + evaluations * self.step_ms
 
 
+@dataclass
+class Known:
+    """What is known of a batch.
+
+    Attributes:
+        call_ms: see `Latency`; as it was measured.
+        measured_at: when, by `time.perf_counter`; -infinity = by another process.
+        recent_ms: a step in each of the last runs and calls.
+    """
+
+    call_ms: float
+    measured_at: float
+    recent_ms: deque[float]
+
+    def latency(self) -> Latency:
+        """As it is now."""
+        return Latency(self.call_ms, usual(self.recent_ms))
+
+
 class Latencies:
     """The latencies of one engine, by batch; threads may share it.
 
     Args:
-        file: where they are remembered; None = only here.
+        measured: where they are remembered; None = only here.
         model: SHA-256 of the ONNX file.
-        engine: what else they depend on besides the machine, such as "onnxruntime on cpu".
+        engine: says what else they depend on besides the machine, such as "onnxruntime on cpu".
     """
 
-    def __init__(self, file: Path | None, model: str, engine: str) -> None:
-        self._measured = None if file is None else Measured(file)
-        self._model, self._engine = model, engine
-        self._recent: dict[int, deque[Latency]] = {}
-        self._call_ms: dict[int, float] = {}
-        self._measured_at: dict[int, float] = {}
+    def __init__(self, measured: Measured | None, model: str, engine: Callable[[], str]) -> None:
+        self._measured, self._model, self._engine = measured, model, engine
+        self._known: dict[int, Known] = {}
         self._lock, self._measuring = threading.Lock(), threading.Lock()
 
     def of(self, batch: int, run: Callable[[], Latency], again: bool = False) -> Latency:
@@ -74,11 +91,11 @@ class Latencies:
         Warns:
             CacheWarning: it cannot be remembered.
         """
-        known = None if again else self._usual(batch)
+        known = None if again else self._now(batch)
         if known is not None:
             return known
         with self._measuring:  # one at a time, while others use what is known
-            known = None if again else self._usual(batch)  # by now
+            known = None if again else self._now(batch)  # by now
             if known is not None:
                 return known
             _several(run, WARM_UP, 1)
@@ -92,35 +109,33 @@ class Latencies:
     def renew(self, batch: int, run: Callable[[], Latency]) -> None:
         """Measure what was measured more than a minute ago, for this process alone."""
         with self._measuring:
-            if time.perf_counter() - self._measured_at[batch] > OLD_SECONDS:
+            if time.perf_counter() - self._known[batch].measured_at > OLD_SECONDS:
                 self._measure(batch, run)
 
     def note(self, batch: int, milliseconds: float, evaluations: int) -> None:
         """What a call took, of a batch whose latency is known."""
         with self._lock:
-            call_ms = self._call_ms[batch]
-            if milliseconds > call_ms:
-                step_ms = (milliseconds - call_ms) / evaluations
-                self._recent[batch].append(Latency(call_ms, step_ms))
+            known = self._known[batch]
+            if milliseconds > known.call_ms:
+                known.recent_ms.append((milliseconds - known.call_ms) / evaluations)
 
-    def _usual(self, batch: int) -> Latency | None:
+    def _now(self, batch: int) -> Latency | None:
         with self._lock:
-            if batch not in self._recent:
-                return None
-            return usual(self._recent[batch])._replace(call_ms=self._call_ms[batch])
+            return self._known[batch].latency() if batch in self._known else None
 
     def _measure(self, batch: int, run: Callable[[], Latency]) -> Latency:
         return self._know(batch, _several(run, RUNS, LEAST_RUNS), time.perf_counter())
 
     def _know(self, batch: int, runs: list[Latency], measured_at: float) -> Latency:
-        found = usual(runs)
+        """Take these runs for what is known; what all of them say."""
+        call_ms, step_ms = zip(*runs, strict=True)
+        found = Latency(usual(call_ms), usual(step_ms))
         with self._lock:
-            self._recent[batch] = deque(runs, RECENT)
-            self._call_ms[batch], self._measured_at[batch] = found.call_ms, measured_at
+            self._known[batch] = Known(found.call_ms, measured_at, deque(step_ms, RECENT))
         return found
 
     def _key(self, batch: int) -> str:
-        return f"{self._engine}, batch {batch}"
+        return f"{self._engine()}, batch {batch}"
 
     def _recalled(self, batch: int) -> Latency | None:
         record = self._measured.find(self._model, self._key(batch)) if self._measured else {}
@@ -138,6 +153,11 @@ class Latencies:
             self._measured.note(self._model, self._key(batch), latency._asdict())
         except OSError as error:
             warn(f"latencies cannot be remembered in {self._measured.file} ({error})", CacheWarning)
+
+
+def measured_in(directory: Path) -> Measured:
+    """All latencies that are remembered in the device's cache."""
+    return Measured(directory / FILE)
 
 
 def engine_name(engine: Engine, threads: int | None) -> str:
@@ -160,10 +180,9 @@ def _several(run: Callable[[], Latency], most: int, least: int) -> list[Latency]
     return runs
 
 
-def usual(runs: Collection[Latency]) -> Latency:
-    """What nine runs of ten keep."""
-    last = math.ceil(KEPT * len(runs)) - 1
-    return Latency(*(sorted(times)[last] for times in zip(*runs, strict=True)))
+def usual(times: Collection[float]) -> float:
+    """What nine of ten keep."""
+    return sorted(times)[math.ceil(KEPT * len(times)) - 1]
 
 
 def timed(start: Callable[[], object], states: Iterable[State]) -> Latency:

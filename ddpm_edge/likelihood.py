@@ -272,8 +272,8 @@ def _pairs(
     p = typical / typical.sum()
     words = np.stack([noise.words(seed, noise.Stream.LIKELIHOOD, first + i, 0, 2 * S)
                       for i in range(n)])  # fmt: skip
-    uniform = (words >> np.uint64(11)) * 2.0**-53
-    at = np.searchsorted(np.cumsum(p), (np.arange(2 * S) // 2 + uniform) / S, side="right")
+    within = (np.arange(2 * S) // 2 + noise.to_unit(words)) / S
+    at = np.searchsorted(np.cumsum(p), within, side="right")
     at = np.minimum(at, T - 2)  # the sum of all p may be rounded to less than 1
     ones = np.ones((n, 2), np.int64)
     return np.hstack([ones, t[at]]), np.hstack([ones / 2.0, 1.0 / (2 * S * p[at])])

@@ -70,6 +70,13 @@ class Manifest:
         """How many labels the network takes, 0, 1, ... with the null label; 0 = it takes none."""
         return len(self.class_names) + (self.null_label is not None)
 
+    @property
+    def inputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the network takes: dtype and shape, without the batch, by name."""
+        number: tuple[str, tuple[int, ...]] = ("int64", ())
+        labels = {"label": number} if self.class_names else {}
+        return {"x": ("float32", self.sample_shape), "t": number} | labels
+
     def label_number(self, label: int | str | None) -> int:
         """A label, by number or name, as the network takes it; None is the null label.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_edge.arrays import Float32, UInt64
+from ddpm_edge.arrays import Float32, Float64, UInt64
 from ddpm_edge.errors import ConfigError
 
 VERSION = 1
@@ -56,6 +56,12 @@ def standard_normal(seed: int, stream: Stream, sample: int, row: int, count: int
 def words(seed: int, stream: Stream, sample: int, row: int, count: int) -> UInt64:
     """`count` uniform words of 64 bits; arguments as of `standard_normal`."""
     return Draws(seed, sample, (1, count))._words(stream, sample, row, count)[:count]
+
+
+def to_unit(words: UInt64) -> Float64:
+    """Uniform words as uniform numbers in [0, 1), float64 of 53 bits."""
+    unit: Float64 = (words >> np.uint64(11)) * _TO_UNIT
+    return unit
 
 
 class Draws:
@@ -118,7 +124,7 @@ class Draws:
 
 def _to_normal(words: UInt64) -> Float32:
     """Pairs of words as pairs of normals; (B, 2 n) to (B, 2 n)."""
-    unit = (words >> np.uint64(11)) * _TO_UNIT  # float64 in [0, 1), 53 bits
+    unit = to_unit(words)
     radius = np.sqrt(-2.0 * np.log1p(-unit[:, 0::2]))  # 1 - unit is in (0, 1]: never ln 0
     angle = (2.0 * np.pi) * unit[:, 1::2]
     normal = np.empty(words.shape, np.float32)

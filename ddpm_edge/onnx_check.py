@@ -179,11 +179,10 @@ def _check_properties(model: Model, manifest: Manifest) -> None:
 
 def _check_interface(model: Model, manifest: Manifest) -> None:
     """Inputs and outputs as they are declared; the batch may have any name."""
-    image, number = ("float32", ("", *manifest.sample_shape)), ("int64", ("",))
-    inputs = {"x": image, "t": number} | ({"label": number} if manifest.class_names else {})
+    inputs = {name: (dtype, ("", *shape)) for name, (dtype, shape) in manifest.inputs.items()}
     for what, given, expected in (
         ("inputs", model.inputs, inputs),
-        ("outputs", model.outputs, {"prediction": image}),
+        ("outputs", model.outputs, {"prediction": inputs["x"]}),
     ):
         if len(given) != len(expected) or dict(map(_declared, given)) != expected:
             got = map(_declared, given[:ITEMS])

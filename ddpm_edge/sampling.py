@@ -50,7 +50,7 @@ class Network:
     """
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
-        expected = ["x", "t"] + (["label"] if manifest.class_names else [])
+        expected = list(manifest.inputs)
         if sorted(engine.inputs) != sorted(expected) or list(engine.outputs) != ["prediction"]:
             raise BundleError(
                 f"the model takes {', '.join(engine.inputs)} and gives "

@@ -44,11 +44,11 @@ class TritonEngine:
 
     def __init__(self, name: str, manifest: Manifest, max_batch: int) -> None:
         self.device, self.max_batch = name, max_batch
-        image = TensorSpec((None, *manifest.sample_shape), np.dtype(np.float32))
-        number = TensorSpec((None,), np.dtype(np.int64))
-        self.inputs = {"x": image, "t": number}
-        self.inputs |= {"label": number} if manifest.class_names else {}
-        self.outputs = {"prediction": image}
+        self.inputs = {
+            name: TensorSpec((None, *shape), np.dtype(dtype))
+            for name, (dtype, shape) in manifest.inputs.items()
+        }
+        self.outputs = {"prediction": self.inputs["x"]}
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""

@@ -19,7 +19,7 @@ from ddpm_edge.evaluate import (
     Judge,
     Progress,
     draw_samples,
-    in_turn,
+    labels_in_turn,
     mixed_images,
     pictures,
 )
@@ -93,7 +93,7 @@ def tune(
         raise ConfigError(f"plans must be at most {MAX_PLANS}; got {len(plans)}")
     evaluations = [manifest.make_plan(**plan).evaluations for plan in plans]
     judge = Judge(features, pictures(mixed_images(test, generator, "test", n)), n)
-    labels = in_turn(manifest, n)
+    labels = labels_in_turn(manifest, n)
     found: list[TunedPlan] = []
     for plan, count in zip(plans, evaluations, strict=True):
 
@@ -120,11 +120,10 @@ def tune(
 
 def _in_json(plan: Any) -> dict[str, Any]:
     """A plan's arguments as a bundle gives them back."""
+    given = checks.mapping("a plan", plan)
     try:
-        return dict(json.loads(json.dumps(checks.mapping("a plan", plan), allow_nan=False)))
+        return dict(json.loads(json.dumps(dict(given), allow_nan=False)))
     except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
             f"a plan must be of Python's numbers, texts and lists, to be kept in a bundle; got "
             f"{checks.shown(plan)} ({error})"

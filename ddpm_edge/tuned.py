@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,7 +44,11 @@ class Tuned:
 
     def front(self) -> list[TunedPlan]:
         """The plans that no cheaper one is as good as (Pareto), the cheapest first."""
-        return pareto(self.plans)
+        front: list[TunedPlan] = []
+        for plan in sorted(self.plans, key=lambda p: (p.evaluations, p.value)):
+            if not front or plan.value < front[-1].value:
+                front.append(plan)
+        return front
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -66,15 +70,6 @@ class Tuned:
         if not isinstance(document["figure"], str) or not isinstance(document["settings"], dict):
             raise TypeError("tuned.figure must be text, and tuned.settings an object")
         return cls(document["figure"], document["settings"], tuple(map(_plan, plans)))
-
-
-def pareto(plans: Iterable[TunedPlan]) -> list[TunedPlan]:
-    """Those that no other is at least as good as and not dearer, the cheapest first."""
-    front: list[TunedPlan] = []
-    for plan in sorted(plans, key=lambda p: (p.evaluations, p.value)):
-        if not front or plan.value < front[-1].value:
-            front.append(plan)
-    return front
 
 
 def _plan(entry: Any) -> TunedPlan:

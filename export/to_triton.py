@@ -1,13 +1,15 @@
-"""A bundle as a model repository of NVIDIA Triton; needs neither torch nor onnx.
+"""A bundle as a model repository of NVIDIA Triton.
 
-REPOSITORY/
-NAME-network/           the network, whose batches Triton makes of what all loops ask at once
-config.pbtxt
-1/model.onnx        or model.plan, an engine that `ddpm-edge build -o` wrote
-NAME/                   the sampling loop, a model of the Python backend
-config.pbtxt
-1/model.py          ddpm_edge.serving
-1/bundle/           for the manifest: schedule, plan, labels
+    REPOSITORY/
+        NAME-network/           the network, whose batches Triton makes of what all loops ask
+            config.pbtxt
+            1/model.onnx        or model.plan, an engine that `ddpm-edge build -o` wrote
+        NAME/                   the sampling loop, a model of the Python backend
+            config.pbtxt
+            1/model.py          ddpm_edge.serving
+            1/bundle/           for the manifest: schedule, plan, labels
+
+Needs neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ __all__ = ["TritonPythonModel"]
 """
 MOST_BATCH, MOST_IMAGES = 1024, 100_000
 TYPES = {
-    "float32": "TYPE_FP32", "int32": "TYPE_INT32", "int64": "TYPE_INT64", "uint64": "TYPE_UINT64",
-    "uint8": "TYPE_UINT8", "str": "TYPE_STRING",
+    "float32": "TYPE_FP32", "int64": "TYPE_INT64", "uint64": "TYPE_UINT64", "uint8": "TYPE_UINT8",
+    "str": "TYPE_STRING",
 }  # fmt: skip
 
 
@@ -66,9 +68,10 @@ class Tensor(NamedTuple):
 
 def network_tensors(manifest: Manifest) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs of a bundle's network."""
-    numbers = ["t", *(["label"] if manifest.class_names else [])]
-    inputs = [Tensor("x", "float32", manifest.sample_shape)]
-    inputs += [Tensor(name, "int64", (1,), scalar=True) for name in numbers]
+    inputs = [
+        Tensor(name, dtype, shape or (1,), scalar=not shape)
+        for name, (dtype, shape) in manifest.inputs.items()
+    ]
     return inputs, [Tensor("prediction", "float32", manifest.sample_shape)]
 
 

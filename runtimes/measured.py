@@ -41,7 +41,7 @@ class Measured:
             records[model] = {}
         records[model][key] = {**figures, "machine": machine()}
         self.file.parent.mkdir(0o700, parents=True, exist_ok=True)
-        write_bytes(self.file, (json.dumps(records, indent=1) + "\n").encode(), mode=0o644)
+        self._write(records)
 
     def find(self, model: str, key: str) -> dict[str, Any]:
         """The figures, if they were measured on this machine as it is now; else nothing."""
@@ -63,7 +63,7 @@ class Measured:
         """
         records = self._records()
         if records.pop(model, None) is not None:
-            write_bytes(self.file, (json.dumps(records, indent=1) + "\n").encode(), mode=0o644)
+            self._write(records)
 
     def listed(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """All of it, whether still valid or not: SHA-256 of the model, key, figures."""
@@ -75,6 +75,9 @@ class Measured:
         """Remove all of it."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.file)
+
+    def _write(self, records: Mapping[str, Any]) -> None:
+        write_bytes(self.file, (json.dumps(records, indent=1) + "\n").encode(), mode=0o644)
 
     def _records(self) -> dict[str, Any]:
         """The file's content; nothing where there is none, or none that can be read."""

@@ -24,11 +24,11 @@ from ddpm_edge.evaluate import FRECHET, evaluate
 from ddpm_edge.features import BUILT_IN as FEATURES
 from ddpm_edge.features import FeatureNetwork
 from ddpm_edge.images import to_images
-from ddpm_edge.latency import FILE, OLD_SECONDS, RECENT, Latencies, Latency, usual
+from ddpm_edge.latency import FILE, OLD_SECONDS, RECENT, Latencies, Latency, measured_in, usual
 from ddpm_edge.noise import Draws
 from ddpm_edge.runtimes import measured
 from ddpm_edge.tune import STEPS, front_png, grid, tune, write_tuned
-from ddpm_edge.tuned import Tuned, TunedPlan, pareto
+from ddpm_edge.tuned import Tuned, TunedPlan
 
 VALUES = {1: 9.0, 2: 4.0, 4: 2.0, 5: 2.5, 10: 1.0, 20: 1.1, 40: 0.5}  # of a figure, by steps
 TUNED = Tuned(
@@ -105,7 +105,7 @@ def test_the_front_is_what_no_cheaper_plan_is_as_good_as() -> None:
         TunedPlan({}, int(n), float(v), 0.0)
         for n, v in zip(rng.integers(1, 20, 60), rng.integers(0, 30, 60), strict=True)
     ]
-    front = pareto(plans)
+    front = replace(TUNED, plans=tuple(plans)).front()
     for plan in plans:  # by the definition
         beaten = any(
             (p.evaluations <= plan.evaluations and p.value < plan.value)
@@ -239,10 +239,12 @@ def test_what_cannot_be_tuned(toy: Generator) -> None:
 
 
 def test_a_latency_is_what_nine_runs_of_ten_keep() -> None:
-    runs = [Latency(n, 10.0 * n) for n in np.random.default_rng(0).permutation(100) + 1.0]
-    assert usual(runs) == (90.0, 900.0)
-    assert usual(runs).of(3) == 90.0 + 2700.0
-    assert usual([Latency(1.0, 2.0)]) == (1.0, 2.0)
+    times = np.random.default_rng(0).permutation(100) + 1.0
+    runs = iter([Latency(1.0, 1.0)] * 3 + [Latency(n, 10.0 * n) for n in times.tolist()])
+    found = Latencies(None, "", str).of(1, lambda: next(runs))
+    assert found == (90.0, 900.0)
+    assert found.of(3) == 90.0 + 2700.0
+    assert usual([2.0]) == 2.0
 
 
 def test_measuring_ends(clock: Clock) -> None:
@@ -250,7 +252,7 @@ def test_measuring_ends(clock: Clock) -> None:
         clock.seconds += 5.0
         return Latency(1.0, 500.0)
 
-    assert Latencies(None, "", "").of(1, slow) == (1.0, 500.0)
+    assert Latencies(None, "", str).of(1, slow) == (1.0, 500.0)
     assert clock.seconds == 120.0  # one to warm up, and three
 
 
@@ -274,7 +276,7 @@ def test_latencies_are_measured_once(tuned: Generator, engine: Timed) -> None:
 
 
 def latencies(folder: Path, model: str = "model", engine: str = "a runtime") -> Latencies:
-    return Latencies(folder / FILE, model, engine)
+    return Latencies(measured_in(folder), model, lambda: engine)
 
 
 def test_latencies_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +441,7 @@ def test_a_slow_spell_when_it_was_measured_does_not_last(engine: Timed, tmp_path
 
 
 def test_one_slow_run_does_not_count(clock: Clock) -> None:
-    known = Latencies(None, "", "")
+    known = Latencies(None, "", str)
     runs = iter([*[Latency(1.0, 2.0)] * 102, *[Latency(30.0, 2.0)] * 99])
     assert known.of(1, lambda: next(runs)) == (1.0, 2.0)
     for _ in range(40):

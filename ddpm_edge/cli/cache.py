@@ -7,11 +7,10 @@ from pathlib import Path
 
 import click
 
+from ddpm_edge import latency
 from ddpm_edge.cli.options import cache_option
-from ddpm_edge.latency import FILE as LATENCY_FILE
 from ddpm_edge.runtimes import choice
 from ddpm_edge.runtimes.engine_cache import EngineCache, cache_directory
-from ddpm_edge.runtimes.measured import Measured
 
 
 @click.group()
@@ -32,7 +31,7 @@ def list_(cache_dir: Path | None, as_json: bool) -> None:
     """
     directory = cache_directory(cache_dir)
     entries, measured = EngineCache(directory).entries(), choice.listed(directory)
-    latencies = list(Measured(directory / LATENCY_FILE).listed())
+    latencies = list(latency.measured_in(directory).listed())
     if as_json:
         rows = [
             entry.key.to_dict()
@@ -71,7 +70,7 @@ def clear(cache_dir: Path | None) -> None:
     directory = cache_directory(cache_dir)
     engines, size = EngineCache(directory).clear()
     choice.forget(directory)
-    Measured(directory / LATENCY_FILE).forget()
+    latency.measured_in(directory).forget()
     click.echo(f"{_engines(engines)}, {size / 1e6:.1f} MB removed from {directory}")
 
 
