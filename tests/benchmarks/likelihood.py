@@ -57,7 +57,8 @@ def table(results: dict) -> None:
         print(f"  {name}: {np.mean([part[name] for part in whole]) / scale:.4f}")
     seconds = np.median([part["seconds"] for part in whole])
     known_to = math.sqrt((of_images.var(axis=0, ddof=1) / len(whole)).sum()) / IMAGES
-    print(f"  seeds {[round(m, 4) for m in of_images.mean(axis=1)]}, known to {known_to:.5f}")
+    means = ", ".join(f"{mean:.4f}" for mean in of_images.mean(axis=1))
+    print(f"  seeds {means}; known to {known_to:.5f}")
     inside = []
     for part in results["some"]:
         nats, errors = np.array(part["nats"]), np.array(part["standard_error"])
