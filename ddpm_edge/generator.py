@@ -67,6 +67,7 @@ class Result:
         plan: what ran.
         runtime: on which runtime and device, such as "onnxruntime on cpu".
         variant: the network's precision.
+        loop: where the loop around the network ran, "host" or "device" (see `Generator.load`).
         milliseconds: wall-clock time of the run, without what had to be measured for a budget.
         stopped: whether the callback or the deadline ended it early; the last images are then the
             x0 so far.
@@ -79,6 +80,7 @@ class Result:
     plan: Plan
     runtime: str
     variant: str
+    loop: str
     milliseconds: float
     stopped: bool
     expected_ms: float | None = None
@@ -94,11 +96,16 @@ class Generator:
     """
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, variant: str, latencies: Latencies | None = None
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        variant: str,
+        latencies: Latencies | None = None,
+        loop: str = "auto",
     ) -> None:
         self.bundle = bundle
         self.variant = variant
-        self._network: Network | None = Network(engine, bundle.manifest)
+        self._network: Network | None = Network(engine, bundle.manifest, loop)
         self._latencies = latencies or Latencies(
             None, "", functools.partial(engine_name, engine, None)
         )
@@ -118,6 +125,7 @@ class Generator:
         threads: int | None = None,
         cache_dir: str | Path | None = None,
         build: str = "never",
+        loop: str = "auto",
     ) -> Generator:
         """Load a bundle.
 
@@ -132,8 +140,13 @@ class Generator:
                 the user's cache.
             build: "missing" builds a TensorRT engine that was asked for by name and is not there,
                 which takes minutes on a Jetson; "never" says how to.
+            loop: where the loop around the network runs. "device": on the GPU with the network,
+                so that no state is copied between two steps. "host": in NumPy. "auto": on the
+                device where there is one; what that cannot do (clipping at a percentile, operators
+                other than a `Mask`) runs on the host, which is logged.
 
         Raises:
+            ConfigError: there is no such loop here.
             BundleError: not a bundle, or changed since its export.
             RuntimeUnavailableError: the runtime or device is not there.
             EngineMissingError: TensorRT was asked for, and its engine must be built first.
@@ -145,7 +158,7 @@ class Generator:
             model = bundle.files[bundle.manifest.variants[name]["file"]]["sha256"]
             told = functools.partial(engine_name, engine, threads)
             latencies = Latencies(measured_in(cache_directory(cache_dir)), model, told)
-            return cls(bundle, engine, name, latencies)
+            return cls(bundle, engine, name, latencies, loop)
         except BaseException:
             engine.close()
             raise
@@ -366,6 +379,7 @@ class Generator:
             plan=request.plan,
             runtime=runtime,
             variant=self.variant,
+            loop=made.state.loop if made.state else "host",
             milliseconds=milliseconds,
             stopped=not made.whole or made.chunk.stop < request.first + request.n,
             expected_ms=expected_ms,

@@ -191,6 +191,7 @@ def timed(start: Callable[[], object], states: Iterable[State]) -> Latency:
     start()
     begun = time.perf_counter()
     for state in states:
+        state.wait()
         evaluations = int(np.count_nonzero(state.plan.evaluate[: state.index + 1]))
         seconds = time.perf_counter() - begun
         if evaluations == STEPS or seconds > RUN_SECONDS:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -286,10 +286,47 @@ def check_prediction(prediction: str, schedule: Schedule) -> None:
     prediction_to_form(prediction, "x0", schedule.signal[1:], schedule.noise[1:])
 
 
-@dataclass(eq=False)
-class State:
-    """Where a running plan is. The arrays are the loop's own: they change when it goes on."""
+class State(Protocol):
+    """Where a running plan is, until the loop goes on: then it writes into its arrays.
 
+    Attributes:
+        index: of the row, 0..N - 1.
+        t: the row's timestep.
+        plan: what runs.
+        x: the state after the row; (B, ...).
+        m: the network's answer in the plan's form; (B, ...).
+        loop: which one runs it, "host" or "device".
+    """
+
+    index: int
+    t: int
+    plan: Plan
+    loop: ClassVar[str]
+
+    @property
+    def x(self) -> Array:
+        """See above."""
+        ...
+
+    @property
+    def m(self) -> Array:
+        """See above."""
+        ...
+
+    def x0(self) -> Array:
+        """The x0 that this row saw in the state before it; a new array."""
+        ...
+
+    def wait(self) -> None:
+        """Until the row has been computed."""
+        ...
+
+
+@dataclass(eq=False)
+class HostState:
+    """The state of the loop on the host (see `State`)."""
+
+    loop: ClassVar[str] = "host"
     index: int
     t: int
     x: Array
@@ -297,6 +334,9 @@ class State:
     m: Array
     seen: Array | None  # the x0, where the loop came by it
     plan: Plan
+
+    def wait(self) -> None:
+        """It has been computed."""
 
     def x0(self) -> Array:
         """The x0 that this row saw in x_before; a new array."""
@@ -314,7 +354,7 @@ def run_plan(
     draw: Draw,
     prediction: str = "eps",
     impose: Impose | None = None,
-) -> Iterator[State]:
+) -> Iterator[HostState]:
     """Run a plan from x, yielding after every row; the last state's x is the sample.
 
     Args:
@@ -345,7 +385,9 @@ def run_plan(
             answer = ask(x, row.t)
             np.isfinite(answer, out=finite)  # before clipping, which would hide an infinity
             if np.count_nonzero(finite) < finite.size:  # not finite.all(), sooner
-                raise NonFiniteError(_not_finite(finite, i + 1, plan))
+                bad = np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1))
+                values = f"{finite.size - np.count_nonzero(finite)} of {finite.size} values, "
+                raise not_finite(plan, i, bad.tolist(), len(finite), values)
             np.multiply(answer, row.from_answer, out=m)
             if row.from_x:
                 m += np.multiply(x, row.from_x, out=scratch)
@@ -366,16 +408,16 @@ def run_plan(
             x_next += np.multiply(draw(row.stream, row.number), row.s, out=scratch)
         x, x_next = x_next, x
         seen = history[0] if plan.form == "x0" else changed
-        yield State(i, row.t, x, x_next, history[0], seen, plan)
+        yield HostState(i, row.t, x, x_next, history[0], seen, plan)
 
 
-def _not_finite(finite: Bool, step: int, plan: Plan) -> str:
-    """What to say of an answer (B, ...) that is finite only where `finite` is."""
-    bad = np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1)).tolist()
+def not_finite(
+    plan: Plan, row: int, bad: list[int], batch: int, values: str = ""
+) -> NonFiniteError:
+    """What to raise where the answers for these samples of a batch are not finite at a row."""
     samples = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-    return (
-        f"the network's answer has NaN or infinity at step {step} of {len(plan)}, "
-        f"t = {plan.t[step - 1]}: {finite.size - np.count_nonzero(finite)} of {finite.size} "
-        f"values, in samples {samples} of the batch of {len(finite)} (from 0); use another "
-        "variant, such as fp32, verify the bundle, or export it again"
+    return NonFiniteError(
+        f"the network's answer has NaN or infinity at step {row + 1} of {len(plan)}, t = "
+        f"{plan.t[row]}: {values}in samples {samples} of the batch of {batch} (from 0); use "
+        "another variant, such as fp32, verify the bundle, or export it again"
     )

@@ -78,12 +78,14 @@ class Deadline:
         self.samples, self.steps = samples, 0
         self.begun = self.before = time.perf_counter()
 
-    def near(self, samples: int) -> bool:
+    def near(self, state: State, samples: int) -> bool:
         """After a step: whether another one, of so many samples, would end too late.
 
         It is as long as the last one; where it is known how long steps are, as long as that, or
         longer by what this call's steps are slower.
         """
+        if self.end < np.inf:
+            state.wait()
         now = time.perf_counter()
         step, self.before, self.steps = now - self.before, now, self.steps + 1
         if samples in self.step_s and self.samples in self.step_s:
@@ -248,14 +250,14 @@ class Request:
             x, state, asked, late = self.start(chunk), None, False, False
             self.deadline.begin(len(chunk))
             for state in self.states(network, chunk, x):
-                x = state.x
                 if callback is not None:
                     answer = callback(self.step(state, chunk))
                     asked = isinstance(answer, (bool, np.bool_)) and bool(answer)
                 last = state.index + 1 == len(self.plan)
-                late = self.deadline.near(len(following if last else chunk))
+                late = self.deadline.near(state, len(following if last else chunk))
                 if asked or late:
                     break
+            x = x if state is None else state.x
             whole = not asked and (state is None or state.index + 1 == len(self.plan))
             yield Made(chunk, x, state, whole)
             if late or not whole:
@@ -267,7 +269,7 @@ class Request:
         self.deadline.begin(len(chunk))
         for state in self.states(network, chunk, start):
             yield self.step(state, chunk)
-            if self.deadline.near(len(chunk)):
+            if self.deadline.near(state, len(chunk)):
                 return
 
     def states(self, network: Network, chunk: range, start: Float32) -> Iterator[State]:

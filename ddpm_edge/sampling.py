@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_edge import noise
+from ddpm_edge import checks, device_loop, noise
 from ddpm_edge.arrays import Array, Float32, Int64
-from ddpm_edge.errors import BundleError, OutOfMemoryError
+from ddpm_edge.device_loop import DeviceLoops
+from ddpm_edge.errors import BundleError, ConfigError, OutOfMemoryError
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import Plan, State, run_plan
 from ddpm_edge.restoration import Measurement
-from ddpm_edge.runtimes.base import Engine
+from ddpm_edge.runtimes.base import Engine, gpu_engine
 
 Labels = Int64 | None
+LOOPS = ("auto", "host", "device")
+log = logging.getLogger("ddpm_edge")
+
 MAX_BATCH = 16  # samples in one engine call unless told otherwise
 
 
@@ -45,11 +51,19 @@ class Network:
 
     The one place that knows the number the network is fed for t, and how guidance asks.
 
+    Args:
+        engine: what evaluates it.
+        manifest: what is known of it.
+        loop: where the loop around it runs: "host", "device" (the engine's GPU), or "auto", on the
+            device as far as it can.
+
     Raises:
         BundleError: the engine's tensors are not those that the manifest describes.
+        ConfigError: there is no such loop, or none on the device.
     """
 
-    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+    def __init__(self, engine: Engine, manifest: Manifest, loop: str = "auto") -> None:
+        checks.choice("loop", loop, LOOPS)
         expected = list(manifest.inputs)
         if sorted(engine.inputs) != sorted(expected) or list(engine.outputs) != ["prediction"]:
             raise BundleError(
@@ -66,9 +80,37 @@ class Network:
         self._one_at_a_time: contextlib.AbstractContextManager[object] = (
             contextlib.nullcontext() if engine.concurrent else threading.Lock()
         )
+        on_gpu = None if loop == "host" else gpu_engine(engine)
+        if loop == "device" and on_gpu is None:
+            raise ConfigError(
+                f"loop='device' needs an engine whose arrays stay on a GPU, and {engine.runtime} "
+                f"on {engine.device} is none; leave loop out"
+            )
+        self.loop = loop
+        self._loops: DeviceLoops | None = None
+        if on_gpu is not None:
+            self._loops = device_loop.DeviceLoops(self, on_gpu, self._one_at_a_time)
+
+    def loops_for(self, plan: Plan, measurement: Measurement | None) -> DeviceLoops | None:
+        """The loops on the device, if they run this; None = the host's does.
+
+        Raises:
+            ConfigError: loop="device" was asked for, and they cannot.
+        """
+        if self._loops is None or not len(plan):
+            return None
+        reason = device_loop.cannot(plan, measurement) or self._loops.cannot()
+        if not reason:
+            return self._loops
+        if self.loop == "device":
+            raise ConfigError(f"the loop on the device cannot do this: {reason}; leave loop out")
+        log.info("the loop runs on the host: %s", reason)
+        return None
 
     def close(self) -> None:
         """Free the engine, after the call that is under way where calls must not overlap."""
+        if self._loops is not None:
+            self._loops.close()
         with self._one_at_a_time:
             self.engine.close()
 
@@ -153,11 +195,33 @@ def sample_states(
     def ask(x: Array, t: int) -> Array:
         return network(x, t, labels, None if guidance is None else guidance.at(t))
 
+    loops = network.loops_for(plan, measurement)
     with enough_memory(len(samples)):
+        if loops is not None:
+            x = start
+            if x is None:
+                shape = len(samples), *network.manifest.sample_shape
+                x = noise.Draws(seed, samples.start, shape).prior()
+            with loops.lent(len(samples), guidance is not None) as loop:
+                yield from loop.run(plan, x, seed, samples.start, labels, guidance, measurement)
+            return
         draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
         x = draws.prior() if start is None else np.copy(start)
         impose, draw = (None, draws) if measurement is None else measurement.along(plan, draws)
         yield from run_plan(plan, x, ask, draw, network.manifest.prediction, impose)
+
+
+def seconds_without_network(network: Network, plan: Plan, batch: int) -> float:
+    """How long a plan takes that runs on the device, but for the network: what the loop costs."""
+    loops = network.loops_for(plan, None)
+    if loops is None:
+        raise ConfigError(f"plan {plan.name} runs on the host")
+    x = np.zeros((batch, *network.manifest.sample_shape), np.float32)
+    with loops.lent(batch, False) as loop:
+        before = time.perf_counter()
+        for _ in loop.run(plan, x, 0, 0, None, None, None, ask=False):
+            pass
+        return time.perf_counter() - before
 
 
 @contextlib.contextmanager

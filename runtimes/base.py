@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from ddpm_edge.arrays import Array
 from ddpm_edge.errors import EngineError
+from ddpm_edge.runtimes.cuda import GPU
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,54 @@ class Engine(Protocol):
     def __enter__(self) -> Engine: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+class Resident(Protocol):
+    """An evaluation whose arrays stay on the GPU.
+
+    Attributes:
+        capturable: whether a CUDA graph may hold it, from its second call on.
+    """
+
+    capturable: bool
+
+    def __call__(self) -> None:
+        """Queue it on the engine's stream.
+
+        Raises:
+            EngineError: the runtime failed.
+            ClosedError: the engine was closed.
+        """
+        ...
+
+
+class GpuEngine(Engine, Protocol):
+    """An engine that can also evaluate arrays which stay on the GPU.
+
+    Attributes:
+        gpu: where.
+        stream: the CUDA stream that it works on; None = it cannot here, for the reason that was
+            logged.
+    """
+
+    gpu: GPU
+    stream: int | None
+
+    def resident(self, batch: int, addresses: Mapping[str, int]) -> Resident:
+        """An evaluation of a batch whose inputs and outputs are at these addresses of the GPU.
+
+        Raises:
+            EngineError: the engine does not take such a batch.
+            ClosedError: the engine was closed.
+            MemoryError: too little memory on the GPU.
+        """
+        ...
+
+
+def gpu_engine(engine: Engine) -> GpuEngine | None:
+    """The engine, if its arrays can stay on a GPU."""
+    stream = getattr(engine, "stream", None)
+    return None if stream is None else cast(GpuEngine, engine)
 
 
 class WrappedEngine:

@@ -1,4 +1,4 @@
-"""NVIDIA's CUDA runtime, as far as an engine needs it: calls that raise, by cuda-bindings.
+"""NVIDIA's CUDA, as far as engines and the loop need it: calls that raise, by cuda-bindings.
 
 Neither torch nor PyCUDA is needed. TensorRT may crash on a machine without a working driver, so
 `gpu` is asked before anything of TensorRT is touched.
@@ -6,8 +6,14 @@ Neither torch nor PyCUDA is needed. TensorRT may crash on a machine without a wo
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ddpm_edge.arrays import Array
 from ddpm_edge.errors import EngineError, EngineLostError, RuntimeUnavailableError
 
 REMEDY = (
@@ -28,6 +34,12 @@ ABSENT = frozenset({
     "cudaErrorInitializationError", "cudaErrorSystemDriverMismatch", "cudaErrorSystemNotReady",
     "cudaErrorCompatNotSupportedOnDevice", "cudaErrorNotSupported", "cudaErrorOperatingSystem",
 })  # fmt: skip
+
+
+NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
+MAPPED = 2  # cudaHostAllocMapped: the GPU reads and writes it in place
+WAIT_ASLEEP, NO_TIMES = 1, 2  # cudaEventBlockingSync, cudaEventDisableTiming
+THREADS = 256  # of a block
 
 
 class GPU(NamedTuple):
@@ -73,8 +85,14 @@ def cudart() -> Any:
     return runtime
 
 
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
 def call(name: str, *arguments: Any) -> Any:
-    """Call a function of the CUDA runtime; its result, where it has one.
+    """Call a function of the CUDA runtime, or of the driver (cu...); its result, where it has one.
 
     Raises:
         RuntimeUnavailableError: there is no driver or no GPU.
@@ -83,9 +101,10 @@ def call(name: str, *arguments: Any) -> Any:
         EngineError: anything else.
     """
     api = cudart()
-    code, *values = getattr(api, name)(*arguments)
+    code, *values = getattr(api if name.startswith("cuda") else _driver(), name)(*arguments)
     if int(code) == 0:
         return values[0] if values else None
+    code = api.cudaError_t(int(code))  # the driver's numbers are the same
     kind = code.name
     text = f"{name}: {kind}"
     _, words = api.cudaGetErrorString(code)
@@ -141,3 +160,142 @@ def gpu(device: str | None = None) -> GPU:
             f"device {device!r} was asked for; there are {', '.join(map(str, found))}"
         )
     return found[int(number or 0)]
+
+
+def use(gpu: GPU) -> None:
+    """Make it the GPU of this thread's next calls."""
+    call("cudaSetDevice", gpu.number)
+
+
+def new_stream(gpu: GPU) -> int:
+    """A stream's address."""
+    use(gpu)
+    return int(call("cudaStreamCreateWithFlags", NON_BLOCKING))
+
+
+class Memory:
+    """Bytes on the current GPU, which the host writes and reads on a stream.
+
+    Args:
+        size: bytes.
+        shared: whether host and GPU see the same bytes, in pinned memory of the host, so that
+            nothing is copied. NVIDIA advises it where their memories are one, as on a Jetson
+            (CUDA for Tegra, "Pinned Memory").
+    """
+
+    def __init__(self, size: int, shared: bool = False) -> None:
+        self.size, self._shared = size, shared
+        self._host: int | None = None
+        if shared:
+            self._host = int(call("cudaHostAlloc", size, MAPPED))
+            self.address = int(call("cudaHostGetDevicePointer", self._host, 0))
+        else:
+            self.address = int(call("cudaMalloc", size))
+
+    def write(self, array: Array, stream: int) -> None:
+        """Set the first bytes; what was written before must have been taken over by now."""
+        host = self.view(array.shape, array.dtype)
+        np.copyto(host, array)
+        self._copy(self.address, host.ctypes.data, host.nbytes, "HostToDevice", stream)
+
+    def clear(self, size: int, stream: int) -> None:
+        """Set so many bytes to 0."""
+        if self._shared:
+            self.view((size,), np.uint8)[:] = 0
+        else:
+            call("cudaMemsetAsync", self.address, 0, size, stream)
+
+    def read(self, shape: tuple[int, ...], dtype: Any, stream: int) -> Array:
+        """What the first bytes will be when the stream comes to here; a view, valid from then."""
+        host = self.view(shape, dtype)
+        self._copy(host.ctypes.data, self.address, host.nbytes, "DeviceToHost", stream)
+        return host
+
+    def view(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The host's side of the first bytes."""
+        if self._host is None:
+            self._host = int(call("cudaHostAlloc", self.size, MAPPED))
+        memory = (ctypes.c_byte * self.size).from_address(self._host)
+        size = int(np.prod(shape))
+        return np.frombuffer(memoryview(memory), dtype, count=size).reshape(shape)
+
+    def free(self) -> None:
+        """Free it."""
+        if not self._shared:
+            call("cudaFree", self.address)
+        if self._host is not None:
+            call("cudaFreeHost", self._host)
+
+    def _copy(self, to: int, source: int, size: int, direction: str, stream: int) -> None:
+        if not self._shared:
+            kind = getattr(cudart().cudaMemcpyKind, f"cudaMemcpy{direction}")
+            call("cudaMemcpyAsync", to, source, size, kind, stream)
+
+
+class Buffers:
+    """Memory by name, which grows with what is asked for."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Memory] = {}
+
+    def of(self, name: str, size: int, shared: bool = False) -> Memory:
+        """Memory of that name, `size` bytes or more."""
+        if name not in self._memory or self._memory[name].size < size:
+            if name in self._memory:
+                self._memory.pop(name).free()
+            self._memory[name] = Memory(size, shared)
+        return self._memory[name]
+
+    def free(self) -> None:
+        """Free all of it."""
+        while self._memory:
+            self._memory.popitem()[1].free()
+
+
+class Kernels:
+    """The kernels of a PTX, each of which takes one address.
+
+    Raises:
+        EngineError: the driver cannot compile it for the current GPU.
+    """
+
+    def __init__(self, ptx: bytes, *names: str) -> None:
+        self._module = call("cuModuleLoadData", ptx + b"\0")
+        self._kernels = {
+            name: call("cuModuleGetFunction", self._module, name.encode()) for name in names
+        }
+
+    def launch(self, name: str, threads: int, argument: int, stream: int) -> None:
+        """Queue a kernel of at least so many threads; of one, exactly."""
+        value = ctypes.c_void_p(argument)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(value))
+        block = min(threads, THREADS)
+        call(
+            "cuLaunchKernel", self._kernels[name], -(-threads // block), 1, 1, block, 1, 1, 0,
+            stream, ctypes.addressof(pointers), 0,
+        )  # fmt: skip
+
+    def free(self) -> None:
+        """Unload them."""
+        call("cuModuleUnload", self._module)
+
+
+def capture(queue: Callable[[], object], stream: int) -> Any:
+    """What `queue` queues on the stream, as a graph to launch; nothing of it runs.
+
+    Raises:
+        EngineError: something in it cannot be captured.
+    """
+    mode = cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    call("cudaStreamBeginCapture", stream, mode)
+    try:
+        queue()
+    except BaseException:
+        with contextlib.suppress(EngineError):  # it is broken, and says so; the stream is free
+            call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
+        raise
+    graph = call("cudaStreamEndCapture", stream)
+    try:
+        return call("cudaGraphInstantiate", graph, 0)
+    finally:
+        call("cudaGraphDestroy", graph)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from ddpm_edge import processor
 from ddpm_edge.arrays import Array
 from ddpm_edge.errors import (
     ClosedError,
+    DdpmEdgeError,
     EngineError,
     EngineLostError,
     RuntimeUnavailableError,
 )
+from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
 from ddpm_edge.runtimes.interrupt import interruptibly, sees_interrupts
 
@@ -39,6 +42,9 @@ LOST = (
     "misaligned address", "illegal instruction", "uncorrectable ECC",
 )  # fmt: skip
 VNNI = {"avx512_vnni", "avx_vnni"}  # sums of int8 products in int32
+CUDA = "CUDAExecutionProvider"
+DO_NOT_WAIT = "disable_synchronize_execution_providers", "1"
+NO_GRAPH = "gpu_graph_id", "-1"
 SLOW_SECONDS = 0.1  # a call that takes longer must itself be interruptible
 
 
@@ -58,8 +64,10 @@ class OnnxRuntimeEngine:
     """
 
     runtime = NAME
-    concurrent = True  # InferenceSession.run may be called from several threads
     max_batch = None
+    gpu: cuda.GPU
+    stream: int | None = None
+    _graphs: Iterator[int] | None = None  # numbers of CUDA graphs, where there are any
 
     def __init__(
         self,
@@ -86,12 +94,14 @@ class OnnxRuntimeEngine:
             level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.graph_optimization_level = level
         provider, number = _provider(device, onnxruntime.get_available_providers())
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if provider == "CUDAExecutionProvider":
-            _load_cuda_libraries()
-            providers.insert(0, (provider, {"device_id": number, "use_tf32": 0}))
         source = model if isinstance(model, bytes) else str(model)
-        session = _open(source, options, providers, by_name=device is not None)
+        session: Any = None
+        if provider == CUDA:
+            session = self._on_gpu(source, options, number)
+        if session is None:
+            chosen = [(provider, _cuda_options(number))] if provider == CUDA else []
+            providers = [*chosen, "CPUExecutionProvider"]
+            session = _open(source, options, providers, by_name=device is not None)
         got = session.get_providers()[0]
         if device is not None and got != provider:
             raise RuntimeUnavailableError(
@@ -99,12 +109,16 @@ class OnnxRuntimeEngine:
                 "libraries or the driver did not load; check the CUDA version that this "
                 "onnxruntime-gpu needs, or use device='cpu'"
             )
-        self.device = f"cuda:{number}" if got == "CUDAExecutionProvider" else "cpu"
+        self.device = f"cuda:{number}" if got == CUDA else "cpu"
+        # InferenceSession.run may be called from several threads, but for one stream's.
+        self.concurrent = self.stream is None
         self.inputs = {i.name: _spec(i) for i in session.get_inputs()}
         self.outputs = {o.name: _spec(o) for o in session.get_outputs()}
         self._session: Any = session
         self._bound = Bound(session, self.outputs, number) if self.device != "cpu" else None
         self._options = _run_options()
+        if self._graphs is not None:
+            self._options.add_run_config_entry(*NO_GRAPH)
         self._seconds_a_sample = math.inf  # of the last call: nobody knows before the first
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -125,15 +139,107 @@ class OnnxRuntimeEngine:
         self._seconds_a_sample = (time.perf_counter() - start) / batch
         return dict(zip(names, answers, strict=True))
 
+    def resident(self, batch: int, addresses: Mapping[str, int]) -> Replayed:
+        """An evaluation that ONNX Runtime captures in a CUDA graph itself (see `GpuEngine`)."""
+        if self._session is None:
+            raise ClosedError("the engine was closed; open it again")
+        shapes = {
+            name: (spec, (batch, *(size or 1 for size in spec.shape[1:])))
+            for name, spec in (self.inputs | self.outputs).items()
+        }
+        binding = self._session.io_binding()
+        kind, _, number = self.device.partition(":")
+        for name, address in addresses.items():
+            spec, shape = shapes[name]
+            bind = binding.bind_input if name in self.inputs else binding.bind_output
+            bind(name, kind, int(number or 0), spec.dtype.type, shape, address)
+        return Replayed(self, binding, None if self._graphs is None else next(self._graphs))
+
+    def run_bound(self, binding: Any, options: Any) -> None:
+        """Evaluate what a binding holds, with these options of a run."""
+        session = self._session
+        if session is None:
+            raise ClosedError("the engine was closed; open it again")
+        _explained(lambda: session.run_with_iobinding(binding, options))
+
     def close(self) -> None:
         """Free the session (see `Engine`)."""
+        if self._session is None:
+            return
         self._session = self._bound = None
+        if self.stream is not None:
+            with contextlib.suppress(DdpmEdgeError):  # nothing can be freed on a lost GPU
+                cuda.use(self.gpu)
+                cuda.call("cudaStreamSynchronize", self.stream)  # what others have queued
+                cuda.call("cudaStreamDestroy", self.stream)
+
+    def _on_gpu(self, source: str | bytes, options: Any, number: int) -> Any:
+        """A session on a stream of ours, with CUDA graphs if the model allows; None = cannot be."""
+        _load_cuda_libraries()
+        try:
+            self.gpu = cuda.gpu(f"cuda:{number}")
+            stream = cuda.new_stream(self.gpu)
+        except (DdpmEdgeError, MemoryError) as error:
+            log.info("ONNX Runtime's arrays do not stay on the GPU: %s", error)
+            return None
+        for graphs in (True, False):
+            own = _cuda_options(number) | {"user_compute_stream": str(stream)}
+            if graphs:
+                own["enable_cuda_graph"] = "1"
+            try:
+                providers = [(CUDA, own), "CPUExecutionProvider"]
+                session = _open(source, options, providers, by_name=True)
+            except EngineError as error:  # such as an operator that runs on the CPU
+                log.info("no CUDA graphs: %s", error)
+                continue
+            if session.get_providers()[0] == CUDA:
+                self.stream, self._graphs = stream, itertools.count(1) if graphs else None
+                return session
+        cuda.call("cudaStreamDestroy", stream)
+        return None
 
     def __enter__(self) -> OnnxRuntimeEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Replayed:
+    """An evaluation whose arrays stay on the GPU (see `Resident`).
+
+    ONNX Runtime captures its third run, each thread's, and replays it from then on.
+
+    Args:
+        engine: what evaluates.
+        binding: where the arrays are.
+        graph: a number that no other evaluation of the session has; None = no CUDA graph.
+    """
+
+    capturable = False  # it copies small arrays from memory that it frees after a run
+
+    def __init__(self, engine: OnnxRuntimeEngine, binding: Any, graph: int | None) -> None:
+        self._engine, self._binding = engine, binding
+        self._plain = _run_options()
+        self._options: Any = None
+        self._plain.add_run_config_entry(*DO_NOT_WAIT)
+        if graph is not None:
+            self._options = _run_options()
+            self._options.add_run_config_entry(*DO_NOT_WAIT)
+            self._options.add_run_config_entry("gpu_graph_id", str(graph))
+            self._plain.add_run_config_entry(*NO_GRAPH)
+
+    def __call__(self) -> None:
+        """Queue it."""
+        if self._options is not None:
+            try:
+                return self._engine.run_bound(self._binding, self._options)
+            except EngineLostError:
+                raise
+            except EngineError as error:  # what another thread does on the GPU ends a capture
+                log.warning("ONNX Runtime goes on without a CUDA graph: %s", error)
+                self._options = None
+        return self._engine.run_bound(self._binding, self._plain)
 
 
 class Bound:
@@ -184,6 +290,10 @@ class Bound:
             )
             binding.bind_ortvalue_output(name, outputs[name])
         return binding, inputs, outputs
+
+
+def _cuda_options(number: int) -> dict[str, str]:
+    return {"device_id": str(number), "use_tf32": "0"}
 
 
 def _load_cuda_libraries() -> None:
@@ -257,18 +367,17 @@ def _provider(device: str | None, there: list[str]) -> tuple[str, int]:
     """The execution provider and the device number for a device's name."""
     kind, _, number = (device or "").partition(":")
     if device is None:
-        cuda = "CUDAExecutionProvider" in there
-        return ("CUDAExecutionProvider" if cuda else "CPUExecutionProvider"), 0
+        return (CUDA if CUDA in there else "CPUExecutionProvider"), 0
     if device == "cpu":
         return "CPUExecutionProvider", 0
     if kind == "cuda" and (number.isdecimal() or device == "cuda"):
-        if "CUDAExecutionProvider" not in there:
+        if CUDA not in there:
             raise RuntimeUnavailableError(
                 f"device {device!r} was asked for, but this onnxruntime has only "
                 f"{', '.join(there)}; pip install 'ddpm-edge[gpu]' (not beside [cpu]), or use "
                 "device='cpu'"
             )
-        return "CUDAExecutionProvider", int(number or 0)
+        return CUDA, int(number or 0)
     raise RuntimeUnavailableError(
         f"ONNX Runtime has no device {device!r}; use 'cpu', 'cuda' or 'cuda:N'"
     )

@@ -7,7 +7,6 @@ torch nor PyCUDA is needed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import logging
 import re
@@ -27,7 +26,7 @@ from ddpm_edge.errors import (
 )
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
-from ddpm_edge.runtimes.cuda import GPU
+from ddpm_edge.runtimes.cuda import GPU, Buffers
 from ddpm_edge.runtimes.engine_cache import EngineCache, EngineKey, cache_directory
 from ddpm_edge.runtimes.flavour import Flavour, flavour_for
 
@@ -35,7 +34,6 @@ log = logging.getLogger("ddpm_edge")
 
 NAME = "tensorrt"
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|not be allocated|alloc\w* fail", re.IGNORECASE)
-NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the legacy default stream
 
 
 def open_built(
@@ -97,13 +95,12 @@ class TensorRTEngine:
 
     def __init__(self, engine: bytes, flavour: Flavour, gpu: GPU) -> None:
         trt = flavour.trt
-        self.runtime, self.device = flavour.name, gpu.device
-        self._gpu, self._buffers = gpu, Buffers()
+        self.runtime, self.device, self.gpu = flavour.name, gpu.device, gpu
+        self._flavour, self._buffers = flavour, Buffers()
         self._context: Any = None
         self._lost: EngineLostError | None = None
         self._logger = collecting_logger(trt, warnings=logging.WARNING)
-        cuda.call("cudaSetDevice", gpu.number)
-        self._stream: Any = None
+        cuda.use(gpu)
         self._runtime: Any = trt.Runtime(self._logger)
         self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:  # it does not raise
@@ -117,7 +114,7 @@ class TensorRTEngine:
         self.inputs, self.outputs = _specs(trt, self._engine)
         shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
         self.min_batch, _, self.max_batch = (int(shape[0]) for shape in shapes)
-        self._stream = cuda.call("cudaStreamCreateWithFlags", NON_BLOCKING)
+        self.stream: int = cuda.new_stream(gpu)
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`).
@@ -125,47 +122,70 @@ class TensorRTEngine:
         Raises:
             EngineLostError: the GPU is lost to this process.
         """
-        if self._lost is not None:
-            raise self._lost
-        if self._context is None:
-            raise ClosedError("the engine was closed; open it again")
         batch = check_inputs(self.inputs, arrays)
-        if not self.min_batch <= batch <= self.max_batch:
-            raise EngineError(
-                f"the engine was built for batches of {self.min_batch} to {self.max_batch}; got "
-                f"{batch} (guidance asks the network twice at once): give a smaller batch=, or "
-                f"ddpm-edge build with --max-batch {batch}"
-            )
+        self._check(batch)
         try:
             return self._run(arrays, batch)
         except EngineLostError as error:
             self._lost = error
             raise
 
+    def resident(self, batch: int, addresses: Mapping[str, int]) -> Enqueued:
+        """An evaluation in a context of its own (see `GpuEngine`): a graph takes a whole one."""
+        self._check(batch)
+        cuda.use(self.gpu)
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise _no_memory(self._flavour, self.gpu, self._logger.said())
+        for name, address in addresses.items():
+            shape = (batch, *self.inputs[name].shape[1:]) if name in self.inputs else None
+            self._bind(context, name, address, shape)
+        return Enqueued(self, context)
+
+    def check_open(self) -> None:
+        """Raise unless it can evaluate anything."""
+        if self._lost is not None:
+            raise self._lost
+        if self._context is None:
+            raise ClosedError("the engine was closed; open it again")
+
+    def _check(self, batch: int) -> None:
+        """Raise unless it can evaluate a batch of this size."""
+        self.check_open()
+        if not self.min_batch <= batch <= self.max_batch:
+            raise EngineError(
+                f"the engine was built for batches of {self.min_batch} to {self.max_batch}; got "
+                f"{batch} (guidance asks the network twice at once): give a smaller batch=, or "
+                f"ddpm-edge build with --max-batch {batch}"
+            )
+
     def _run(self, arrays: Mapping[str, Array], batch: int) -> dict[str, Array]:
-        cuda.call("cudaSetDevice", self._gpu.number)  # of this thread
-        answers = {}
+        cuda.use(self.gpu)
         for name, array in arrays.items():
-            shape = (batch, *array.shape[1:])
-            device, host = self._buffers.of(name, shape, array.dtype)
-            np.copyto(host, array)
-            _copy(device, host.ctypes.data, host.nbytes, "cudaMemcpyHostToDevice", self._stream)
-            self._bind(name, device, shape)
+            memory = self._buffers.of(name, array.nbytes, self.gpu.integrated)
+            memory.write(array, self.stream)
+            self._bind(self._context, name, memory.address, (batch, *array.shape[1:]))
+        answers = {}
         for name, spec in self.outputs.items():
             shape = (batch, *(size or 1 for size in spec.shape[1:]))
-            device, answers[name] = self._buffers.of(name, shape, spec.dtype)
-            self._bind(name, device, None)
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise EngineError(f"TensorRT failed: {self._logger.said()}")
-        for name, host in answers.items():
-            device = self._buffers.device(name)
-            _copy(host.ctypes.data, device, host.nbytes, "cudaMemcpyDeviceToHost", self._stream)
-        cuda.call("cudaStreamSynchronize", self._stream)
-        return {name: host.copy() for name, host in answers.items()}
+            size = int(np.prod(shape)) * spec.dtype.itemsize
+            answers[name] = self._buffers.of(name, size, self.gpu.integrated), shape, spec.dtype
+            self._bind(self._context, name, answers[name][0].address, None)
+        self.enqueue(self._context)
+        hosts = {
+            name: memory.read(shape, dtype, self.stream)
+            for name, (memory, shape, dtype) in answers.items()
+        }
+        cuda.call("cudaStreamSynchronize", self.stream)
+        return {name: host.copy() for name, host in hosts.items()}
 
-    def _bind(self, name: str, address: int, shape: tuple[int, ...] | None) -> None:
-        """Tell the context where a tensor is, and how large an input is."""
-        context = self._context
+    def enqueue(self, context: Any) -> None:
+        """Queue an evaluation by a context of this engine."""
+        if not context.execute_async_v3(self.stream):
+            raise EngineError(f"TensorRT failed: {self._logger.said()}")
+
+    def _bind(self, context: Any, name: str, address: int, shape: tuple[Any, ...] | None) -> None:
+        """Tell a context where a tensor is, and how large an input is."""
         sized = shape is None or context.set_input_shape(name, shape)
         if not sized or not context.set_tensor_address(name, address):
             raise EngineError(f"TensorRT does not take {name!r} {shape}: {self._logger.said()}")
@@ -177,9 +197,10 @@ class TensorRTEngine:
         self._context = self._engine = self._runtime = None  # in this order
         with contextlib.suppress(EngineLostError):  # nothing can be freed on a lost GPU
             if self._lost is None:
-                cuda.call("cudaSetDevice", self._gpu.number)
+                cuda.use(self.gpu)
+                cuda.call("cudaStreamSynchronize", self.stream)  # what others have queued
                 self._buffers.free()
-                cuda.call("cudaStreamDestroy", self._stream)
+                cuda.call("cudaStreamDestroy", self.stream)
 
     def __enter__(self) -> TensorRTEngine:
         return self
@@ -195,47 +216,18 @@ def _no_memory(flavour: Flavour, gpu: GPU, said: str) -> OutOfMemoryError:
     )
 
 
-class Buffers:
-    """Memory of each tensor, on the GPU and pinned on the host; grows with the batch."""
+class Enqueued:
+    """An evaluation whose arrays stay on the GPU (see `Resident`)."""
 
-    def __init__(self) -> None:
-        self._memory: dict[str, tuple[int, int, int]] = {}  # name: GPU, host, bytes
+    capturable = True
 
-    def of(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, Array]:
-        """Address on the GPU, and the array on the host, of a tensor of this shape."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        if self._memory.get(name, (0, 0, -1))[2] < size:
-            self._free(name)
-            device = int(cuda.call("cudaMalloc", size))
-            try:
-                host = int(cuda.call("cudaMallocHost", size))
-            except BaseException:
-                cuda.call("cudaFree", device)
-                raise
-            self._memory[name] = device, host, size
-        device, host, _ = self._memory[name]
-        memory = (ctypes.c_byte * size).from_address(host)
-        return device, np.frombuffer(memoryview(memory), dtype).reshape(shape)
+    def __init__(self, engine: TensorRTEngine, context: Any) -> None:
+        self._engine, self._context = engine, context
 
-    def device(self, name: str) -> int:
-        """The address on the GPU."""
-        return self._memory[name][0]
-
-    def free(self) -> None:
-        """Free all of it."""
-        for name in list(self._memory):
-            self._free(name)
-
-    def _free(self, name: str) -> None:
-        if name in self._memory:
-            device, host, _ = self._memory.pop(name)
-            cuda.call("cudaFree", device)
-            cuda.call("cudaFreeHost", host)
-
-
-def _copy(to: int, source: int, size: int, direction: str, stream: Any) -> None:
-    kind = getattr(cuda.cudart().cudaMemcpyKind, direction)
-    cuda.call("cudaMemcpyAsync", to, source, size, kind, stream)
+    def __call__(self) -> None:
+        """Queue it."""
+        self._engine.check_open()
+        self._engine.enqueue(self._context)
 
 
 def _specs(trt: Any, engine: Any) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

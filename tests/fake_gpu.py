@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import itertools
 import json
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -20,7 +23,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import step_on_cpu
+from helpers import ToyEngine
 
+from ddpm_edge.errors import ClosedError
+from ddpm_edge.runtimes.cuda import gpu, new_stream
 from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 
 
@@ -31,32 +38,47 @@ class CudaError(enum.IntEnum):
     cudaErrorIllegalAddress = 700
     cudaErrorLaunchFailure = 719
     cudaErrorInvalidValue = 1
+    cudaErrorUnsupportedPtxVersion = 222
+    cudaErrorStreamCaptureUnsupported = 900
 
 
 class FakeCuda(ModuleType):
-    """`cuda.bindings.runtime`. `fail[function] = error` makes a function fail from then on."""
+    """`cuda.bindings.runtime` and `.driver`. `fail[function] = error`: it fails from then on.
+
+    Calls of the class itself go past that, and past the record of `calls`.
+    """
 
     cudaError_t = CudaError
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, names: tuple[str, ...] = ("Orin",), memory: int = 1 << 33) -> None:
         super().__init__("cuda.bindings.runtime")
         self.names, self.memory, self.multiprocessors = names, memory, 16
+        self.integrated = 1
         self.fail: dict[str, CudaError] = {}
         self.blocks: dict[str, dict[int, Any]] = {"device": {}, "host": {}}
         self.streams: dict[int, list[Callable[[], None]]] = {}
+        self.captured: dict[int, list[Callable[[], None]]] = {}  # by stream
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, tuple[int, int] | None] = {}  # the stream, how much of it before
+        self.modules: set[int] = set()
+        self.done: dict[int, int] = {}  # by stream, how much of all its work
+        self.numbers = itertools.count(1000)
         self.calls: list[str] = []
+        self.working = threading.RLock()
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if not name.startswith("cuda") or not callable(value) or isinstance(value, type):
+        if not re.match("cu(da)?[A-Z]", name) or not callable(value) or isinstance(value, type):
             return value
 
         def called(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append(name)
             if name in self.fail:
                 return (self.fail[name], None)
-            result = value(*arguments)
+            with self.working:
+                result = value(*arguments)
             if isinstance(result, CudaError):
                 return (result, None)
             return (CudaError.cudaSuccess, result)
@@ -69,7 +91,7 @@ class FakeCuda(ModuleType):
     def cudaGetDeviceProperties(self, number: int) -> Any:
         return SimpleNamespace(
             name=self.names[number].encode(), major=8, minor=7, totalGlobalMem=self.memory,
-            integrated=1, multiProcessorCount=self.multiprocessors,
+            integrated=self.integrated, multiProcessorCount=self.multiprocessors,
         )  # fmt: skip
 
     def cudaSetDevice(self, number: int) -> Any:
@@ -81,35 +103,130 @@ class FakeCuda(ModuleType):
     def cudaMalloc(self, size: int) -> Any:
         return self._allocate("device", size)
 
-    def cudaMallocHost(self, size: int) -> Any:
+    def cudaHostAlloc(self, size: int, flags: int) -> Any:
+        assert flags == 2
         return self._allocate("host", size)
 
+    def cudaHostGetDevicePointer(self, address: int, flags: int) -> Any:
+        assert (address in self.blocks["host"], flags) == (True, 0)
+        return address
+
     def cudaFree(self, address: int) -> Any:
+        self.wait()
         del self.blocks["device"][address]
 
     def cudaFreeHost(self, address: int) -> Any:
+        self.wait()
         del self.blocks["host"][address]
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
         assert flags == 1
-        self.streams[len(self.streams) + 77] = []
-        return len(self.streams) + 76
+        stream = next(self.numbers)
+        self.streams[stream], self.done[stream] = [], 0
+        return stream
 
     def cudaStreamDestroy(self, stream: int) -> Any:
         assert not self.streams.pop(stream)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
-        work, self.streams[stream] = self.streams[stream], []
-        for job in work:
-            job()
+        assert stream not in self.captured
+        self.work(stream, len(self.streams[stream]))
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> Any:
         there, here = ("device", "host") if kind == 1 else ("host", "device")
         self.check(there, to, size)
         self.check(here, source, size)
-        self.streams[stream].append(lambda: ctypes.memmove(to, source, size) and None)
+        self.queue(stream, lambda: ctypes.memmove(to, source, size) and None)
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> Any:
+        self.check("device", address, size)
+        self.queue(stream, lambda: ctypes.memset(address, value, size) and None)
+
+    # Events
+
+    def cudaEventCreateWithFlags(self, flags: int) -> Any:
+        assert flags == 3
+        event = next(self.numbers)
+        self.events[event] = None
+        return event
+
+    def cudaEventRecord(self, event: int, stream: int) -> Any:
+        self.events[event] = stream, self.done[stream] + len(self.streams[stream])
+
+    def cudaEventSynchronize(self, event: int) -> Any:
+        recorded = self.events[event]
+        assert recorded is not None
+        stream, before = recorded
+        if stream in self.streams:  # a stream is destroyed when its work is done
+            self.work(stream, before - self.done[stream])
+
+    def cudaEventDestroy(self, event: int) -> Any:
+        del self.events[event]
+
+    # Graphs
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
+        assert (mode, stream in self.captured) == (1, False)
+        self.captured[stream] = []
+
+    def cudaStreamEndCapture(self, stream: int) -> Any:
+        graph = next(self.numbers)
+        self.graphs[graph] = self.captured.pop(stream)
+        return graph
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> Any:
+        executable = next(self.numbers)
+        self.graphs[executable] = self.graphs[graph]
+        return executable
+
+    def cudaGraphLaunch(self, executable: int, stream: int) -> Any:
+        assert stream not in self.captured
+        for job in self.graphs[executable]:
+            self.queue(stream, job)
+
+    def cudaGraphDestroy(self, graph: int) -> Any:
+        del self.graphs[graph]
+
+    def cudaGraphExecDestroy(self, executable: int) -> Any:
+        del self.graphs[executable]  # CUDA keeps it until it has run
+
+    # Kernels
+
+    def cuModuleLoadData(self, image: bytes) -> Any:
+        assert b".entry begin(" in image[:-1] == image.rstrip(b"\0")
+        self.modules.add(module := next(self.numbers))
+        return module
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> Any:
+        assert module in self.modules
+        return (b"begin", b"advance").index(name)
+
+    def cuModuleUnload(self, module: int) -> Any:
+        self.modules.remove(module)
+
+    def cuLaunchKernel(self, kernel: int, *arguments: int) -> Any:
+        blocks, y, z, threads, ty, tz, shared, stream, pointers, extra = arguments
+        assert (y, z, ty, tz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        run = ctypes.c_void_p.from_address(ctypes.c_void_p.from_address(pointers).value or 0).value
+        self.queue(stream, lambda: step_on_cpu.step().launch(kernel, blocks, threads, run))
+
+    # What is behind it
+
+    def queue(self, stream: int, job: Callable[[], None]) -> None:
+        self.captured.get(stream, self.streams[stream]).append(job)
+
+    def work(self, stream: int, jobs: int) -> None:
+        for _ in range(jobs):
+            self.streams[stream].pop(0)()
+            self.done[stream] += 1
+
+    def wait(self) -> None:
+        """For all that is queued, as CUDA does before it frees memory."""
+        for stream, jobs in self.streams.items():
+            self.work(stream, len(jobs))
 
     def _allocate(self, where: str, size: int) -> Any:
+        assert not self.captured, "memory is allocated while a stream is captured"
         used = sum(len(block) for block in self.blocks["device"].values())
         if where == "device" and used + size > self.memory:
             return CudaError.cudaErrorMemoryAllocation
@@ -118,7 +235,54 @@ class FakeCuda(ModuleType):
         return ctypes.addressof(block)
 
     def check(self, where: str, address: int, size: int) -> None:
-        assert len(self.blocks[where][address]) >= size, f"{where} memory at {address}"
+        """The memory is there; the GPU sees the host's as well."""
+        blocks = self.blocks["host"] | (self.blocks["device"] if where == "device" else {})
+        assert len(blocks[address]) >= size, f"{where} memory at {address}"
+
+
+class GpuToy(ToyEngine):
+    """`ToyEngine` with its arrays in the fake GPU's memory."""
+
+    runtime, device = "toy", "cuda:0"
+
+    def __init__(self, cuda: FakeCuda, capturable: bool = True, **shape: Any) -> None:
+        super().__init__(**shape)
+        self.cuda, self.capturable = cuda, capturable
+        self.gpu = gpu()
+        self.stream = new_stream(self.gpu)
+        self.concurrent = False  # type: ignore[misc]
+        self.questions: list[int] = []  # of each evaluation that was queued
+
+    def resident(self, batch: int, addresses: Any) -> Any:
+        specs = self.inputs | self.outputs
+
+        def array(name: str) -> np.ndarray:
+            shape = (batch, *(size or 1 for size in specs[name].shape[1:]))
+            size = int(np.prod(shape)) * specs[name].dtype.itemsize
+            self.cuda.check("device", addresses[name], size)
+            memory = (ctypes.c_byte * size).from_address(addresses[name])
+            return np.frombuffer(memory, specs[name].dtype).reshape(shape)
+
+        arrays = {name: array(name) for name in specs}
+
+        def run() -> None:
+            answer = ToyEngine.__call__(self, {name: arrays[name] for name in self.inputs})
+            np.copyto(arrays["prediction"], answer["prediction"])
+
+        def queue() -> None:
+            if self.closed:
+                raise ClosedError("the engine was closed; open it again")
+            self.questions.append(batch)
+            self.cuda.queue(self.stream, run)
+
+        queue.capturable = self.capturable  # type: ignore[attr-defined]
+        return queue
+
+    def close(self) -> None:
+        if not self.closed:
+            self.cuda.cudaStreamSynchronize(self.stream)
+            self.cuda.cudaStreamDestroy(self.stream)
+        super().close()
 
 
 class Severity(enum.Enum):
@@ -275,7 +439,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         shapes, addresses = dict(self.shapes), dict(self.addresses)
-        self.engine.trt.cuda.streams[stream].append(lambda: self._run(shapes, addresses))
+        self.engine.trt.cuda.queue(stream, lambda: self._run(shapes, addresses))
         return True
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
@@ -296,9 +460,10 @@ def install(patch: pytest.MonkeyPatch) -> FakeTensorRT:
     cuda = FakeCuda()
     trt = FakeTensorRT(cuda)
     bindings = ModuleType("cuda.bindings")
-    bindings.runtime = cuda  # type: ignore[attr-defined]
+    bindings.runtime = bindings.driver = cuda  # type: ignore[attr-defined]
     for name, module in {
-        "cuda": ModuleType("cuda"), "cuda.bindings": bindings, "cuda.bindings.runtime": cuda,
+        "cuda": ModuleType("cuda"), "cuda.bindings": bindings,
+        "cuda.bindings.runtime": cuda, "cuda.bindings.driver": cuda,
         "tensorrt": trt, "tensorrt_rtx": None,
     }.items():  # fmt: skip
         patch.setitem(sys.modules, name, module)

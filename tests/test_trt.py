@@ -161,7 +161,7 @@ def test_no_memory_for_pinned_buffers_frees_the_others(
     generator: Generator,
     gpu: FakeTensorRT,
 ) -> None:
-    gpu.cuda.fail["cudaMallocHost"] = CudaError.cudaErrorMemoryAllocation
+    gpu.cuda.fail["cudaHostAlloc"] = CudaError.cudaErrorMemoryAllocation
     with pytest.raises(OutOfMemoryError):
         generator.sample(1, steps=1)
     assert not gpu.cuda.blocks["device"]
