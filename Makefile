@@ -2,6 +2,7 @@
 # make test   install everything, build the wheel and run the tests against it
 # make check  what CI runs beside the tests: lint, types, NumPy 1.26
 # make dev    an editable install to work in
+# make ptx    compile the kernels of the loop on the GPU again
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ PINNED := -c constraints.txt
 # The tests' networks are tiny: torch's threads would mostly wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: demo test dev check lint numpy1 retrain clean
+.PHONY: demo test dev check lint numpy1 ptx retrain clean
 
 demo: $(BIN)/python
 	$(BIN)/pip install --quiet '.[cpu]'
@@ -50,6 +51,9 @@ numpy1:
 		tests/test_bench.py tests/test_quality.py tests/test_runtimes.py tests/test_trt.py \
 		tests/test_engine_cache.py tests/test_doctor.py tests/test_without_gpu.py \
 		tests/test_choice.py tests/test_tune.py
+
+ptx:
+	$(BIN)/python tests/nvrtc.py ddpm_edge/step.cu > ddpm_edge/step.ptx
 
 # The built-in bundle again: about 95 minutes on two cores, minutes on a GPU.
 retrain: dev

@@ -148,6 +148,7 @@ def bench(
     threads: int | None = None,
     cache_dir: str | Path | None = None,
     build: str = "never",
+    loop: str = "auto",
     progress: Progress | None = None,
     **plan: Any,
 ) -> Report:
@@ -163,6 +164,7 @@ def bench(
         threads: see `Generator.load`.
         cache_dir: see `Generator.load`.
         build: see `Generator.load`.
+        loop: see `Generator.load`.
         progress: called after every run.
         **plan: sampler, steps and the sampler's options; see `Generator.plan`.
 
@@ -181,9 +183,9 @@ def bench(
         plan["label"] = 0  # not every model can do without
     variant, opened = open_bundle(bundle, runtime, device, variant, threads, cache_dir, build)
     engine = TimedEngine(opened)
-    with engine, Generator(bundle, engine, variant) as generator:
+    with engine, Generator(bundle, engine, variant, loop=loop) as generator:
         load_ms = (time.perf_counter() - start) * 1e3
-        loop = generator.run(1, seed=0, **plan).loop
+        ran_on = generator.run(1, seed=0, **plan).loop
         first_image_ms = (time.perf_counter() - start) * 1e3
         reports, done = [], 0
         for batch in batches:
@@ -202,7 +204,7 @@ def bench(
         plan=plan_name,
         variant=variant,
         runtime=where,
-        loop=loop,
+        loop=ran_on,
         cpus=processor.cpus(),
         runs=runs,
         load_ms=load_ms,

@@ -107,7 +107,7 @@ class Generator:
         self.variant = variant
         self._network: Network | None = Network(engine, bundle.manifest, loop)
         self._latencies = latencies or Latencies(
-            None, "", functools.partial(engine_name, engine, None)
+            None, "", functools.partial(engine_name, engine, None, loop)
         )
         self._pid = os.getpid()
         # A plan takes longer to make than a step of the loop to run; the same call makes the same,
@@ -156,7 +156,7 @@ class Generator:
         name, engine = open_bundle(bundle, runtime, device, variant, threads, cache_dir, build)
         try:
             model = bundle.files[bundle.manifest.variants[name]["file"]]["sha256"]
-            told = functools.partial(engine_name, engine, threads)
+            told = functools.partial(engine_name, engine, threads, loop)
             latencies = Latencies(measured_in(cache_directory(cache_dir)), model, told)
             return cls(bundle, engine, name, latencies, loop)
         except BaseException:

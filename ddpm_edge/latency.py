@@ -160,12 +160,14 @@ def measured_in(directory: Path) -> Measured:
     return Measured(directory / FILE)
 
 
-def engine_name(engine: Engine, threads: int | None) -> str:
+def engine_name(engine: Engine, threads: int | None, loop: str = "auto") -> str:
     """What a latency depends on besides the model and the machine."""
     words = [f"{engine.runtime} on {engine.device}"]
     if engine.device.startswith("cuda"):
         with contextlib.suppress(DdpmEdgeError, MemoryError):  # an engine may do without
             words.append(cuda.gpu(engine.device).name)
+        if loop == "host":
+            words.append("loop on the host")
     if threads is not None:
         words.append(f"{threads} threads")
     return ", ".join(words)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +31,9 @@ MAX_SCALE = 1e6  # of guidance
 class Step:
     """One step of a running generation. The arrays are copies: keep them.
 
+    They are made when they are first asked for, or when the loop goes on and somebody still holds
+    the step: a callback that only counts costs nothing, where the loop runs on a GPU above all.
+
     Attributes:
         index: 0..total - 1.
         total: steps of the whole call.
@@ -43,8 +48,22 @@ class Step:
     total: int
     t: int
     first: int
-    x: Array
-    x0: Array
+    _x: Callable[[], Array] = field(repr=False)
+    _x0: Callable[[], Array] = field(repr=False)
+
+    @cached_property
+    def x(self) -> Array:
+        """See above."""
+        return self._x()
+
+    @cached_property
+    def x0(self) -> Array:
+        """See above."""
+        return self._x0()
+
+    def keep(self) -> None:
+        """Make the arrays, if they are not: the loop goes on."""
+        _ = self.x, self.x0
 
 
 Callback = Callable[[Step], object]
@@ -251,8 +270,7 @@ class Request:
             self.deadline.begin(len(chunk))
             for state in self.states(network, chunk, x):
                 if callback is not None:
-                    answer = callback(self.step(state, chunk))
-                    asked = isinstance(answer, (bool, np.bool_)) and bool(answer)
+                    asked = self.called(callback, state, chunk)
                 last = state.index + 1 == len(self.plan)
                 late = self.deadline.near(state, len(following if last else chunk))
                 if asked or late:
@@ -263,12 +281,24 @@ class Request:
             if late or not whole:
                 return
 
+    def called(self, callback: Callback, state: State, chunk: range) -> bool:
+        """Call the callback; whether it asks to stop."""
+        step = self.step(state, chunk)
+        held = weakref.ref(step)
+        answer = callback(step)
+        del step
+        if (still := held()) is not None:
+            still.keep()
+        return isinstance(answer, (bool, np.bool_)) and bool(answer)
+
     def steps(self, network: Network, chunk: range) -> Iterator[Step]:
         """Every step of one batch, as long as there is time."""
         start = self.start(chunk)
         self.deadline.begin(len(chunk))
         for state in self.states(network, chunk, start):
-            yield self.step(state, chunk)
+            step = self.step(state, chunk)
+            yield step
+            step.keep()  # the variable of a for loop, if nothing else, still holds it
             if self.deadline.near(state, len(chunk)):
                 return
 
@@ -297,8 +327,8 @@ class Request:
             total=-(-self.n // self.batch) * rows,
             t=state.t,
             first=chunk.start,
-            x=self.finish(state.x, chunk) if last else state.x.copy(),
-            x0=self.finish(state.x0(), chunk),
+            _x=lambda: self.finish(state.x, chunk) if last else state.x.copy(),
+            _x0=lambda: self.finish(state.x0(), chunk),
         )
 
     def finish(self, x: Array, chunk: range) -> Array:

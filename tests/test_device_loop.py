@@ -376,6 +376,25 @@ def test_nothing_is_copied_between_two_steps(load: Load, gpu: FakeCuda) -> None:
     assert gpu.calls.count("cudaMemcpyAsync") - copies[2] == (0 if gpu.integrated else 2 * 29)
 
 
+@pytest.mark.parametrize("loop", ["device", "host"])
+def test_a_callback_pays_for_what_it_looks_at(load: Load, gpu: FakeCuda, loop: str) -> None:
+    generator, kept = load(loop), []
+    expected = [(s.x, s.x0) for s in load(loop).stream(2, seed=0, steps=9)]
+    copies = []
+    for callback in (lambda step: step.index, lambda step: step.x0.sum(), kept.append):
+        gpu.calls.clear()
+        generator.sample(2, seed=0, steps=9, callback=callback)
+        copies.append(gpu.calls.count("cudaMemcpyAsync"))
+    if loop == "device" and not gpu.integrated:
+        none, one, two = copies
+        assert (one - none, two - none) == (8, 16)  # the last step's are copied in any case
+    else:
+        assert copies == [0, 0, 0]
+    for step, (x, x0) in zip(kept, expected, strict=True):  # though it looks at them later
+        np.testing.assert_array_equal(step.x, x)
+        np.testing.assert_array_equal(step.x0, x0)
+
+
 def test_states_are_copies(load: Load) -> None:
     steps = list(load("device").stream(2, seed=0, steps=8))
     for one, next_ in itertools.pairwise(steps):

@@ -8,6 +8,7 @@ They skip, with the reason, where there is no GPU or the runtime is not installe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ pytest.importorskip("onnxruntime")
 from ddpm_edge import Bundle, Generator
 from ddpm_edge.build import BuildOptions, build
 from ddpm_edge.errors import EngineError, RuntimeUnavailableError
+from ddpm_edge.restoration import Mask
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.samplers import SAMPLERS
+from ddpm_edge.tasks import Restore
 
 pytestmark = pytest.mark.gpu
 
@@ -99,6 +102,57 @@ def test_samplers(generator: Generator, on_cpu: Generator, sampler: str) -> None
     else:
         error = np.sqrt(np.mean((ours - theirs) ** 2))
         assert error <= HALF_TOLERANCE[generator.variant]
+
+
+LOOPS = [
+    {"sampler": "ddpm", "variance": "beta-tilde"},
+    {"sampler": "unipc", "guidance": 2.0, "guidance_interval": (200, 700)},
+    {"sampler": "ipndm", "guidance": [1.0, 2.0, -1.0, 3.0]},
+    {"sampler": "ddim", "clip": None, "travel_length": 3, "travel_repeat": 2},
+    {"sampler": "dpmpp", "sde": True, "task": "a mask"},
+    {"sampler": "ddim", "eta": 1.0, "task": "a noisy mask"},
+]
+
+
+@pytest.mark.parametrize("arguments", LOOPS, ids=str)
+def test_the_loop_on_the_device(
+    generator: Generator, runtime: str, arguments: dict[str, Any]
+) -> None:
+    arguments = {"seed": 3, "steps": 12, "label": [0, 3, 7, None], "dtype": "float32"} | arguments
+    if "task" in arguments:
+        mask = np.zeros((28, 28), bool)
+        mask[8:20, 8:20] = True
+        sigma = 0.1 if "noisy" in arguments["task"] else 0.0
+        arguments["task"] = Restore(np.full((28, 28, 1), 90, np.uint8), Mask(mask), sigma)
+    result = generator.run(4, **arguments)
+    assert result.loop == "device"
+    on_host = Generator(generator.bundle, generator._open().engine, generator.variant, loop="host")
+    theirs = on_host.run(4, **arguments)
+    assert theirs.loop == "host"
+    # The same engine; guidance may ask it in another batch, whose sums are in another order.
+    tolerance = FP32_TOLERANCE if generator.variant == "fp32" else 0.1
+    assert np.abs(result.images - theirs.images).max() <= tolerance
+    again = generator.run(4, **arguments)  # now a replay from the first step on
+    np.testing.assert_array_equal(again.images, result.images)
+
+
+def test_steps_of_the_loop_on_the_device(generator: Generator) -> None:
+    on_host = Generator(generator.bundle, generator._open().engine, generator.variant, loop="host")
+    tolerance = FP32_TOLERANCE if generator.variant == "fp32" else 0.1
+    pairs = zip(*(g.stream(2, seed=1, steps=9) for g in (generator, on_host)), strict=True)
+    for ours, theirs in pairs:
+        assert np.abs(ours.x - theirs.x).max() <= tolerance
+        assert np.abs(ours.x0 - theirs.x0).max() <= tolerance
+    stopped = generator.run(2, seed=1, steps=9, callback=lambda step: step.index == 3)
+    assert stopped.stopped
+    assert generator.run(1, seed=1, deadline_ms=60_000).loop == "device"
+
+
+def test_threads(generator: Generator) -> None:
+    expected = [generator.sample(2, seed=seed, steps=5) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda seed: generator.sample(2, seed=seed, steps=5), range(4)))
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(got, expected, strict=True)) <= 1
 
 
 def test_batches(generator: Generator) -> None:

@@ -118,7 +118,7 @@ def text(report: Report) -> str:
         "bundle": f"{report.name} ({report.path})",
         "plan": report.plan,
         "variant": report.variant,
-        "runs on": f"{report.runtime}, {report.cpus} CPUs",
+        "runs on": f"{report.runtime}, the loop on the {report.loop}, {report.cpus} CPUs",
         "load": f"{report.load_ms:.0f} ms",
         "first image": f"{report.first_image_ms:.0f} ms from the start of load",
         "peak memory": f"{memory:.0f} MB resident, the process's peak so far" if memory else "?",

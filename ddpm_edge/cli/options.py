@@ -13,13 +13,14 @@ from ddpm_edge.errors import ConfigError
 from ddpm_edge.generator import BUILD
 from ddpm_edge.runtimes import RUNTIMES
 from ddpm_edge.samplers import SAMPLERS, SPACINGS, VARIANCES
+from ddpm_edge.sampling import LOOPS
 from ddpm_edge.schedule import RULES, Schedule
 
 PLAN_OPTIONS = (
     "sampler", "steps", "spacing", "order", "sde", "eta", "variance", "corrections", "snr", "clip",
     "travel_length", "travel_repeat",
 )  # fmt: skip
-WHERE_OPTIONS = ("runtime", "device", "variant", "threads", "cache_dir", "build")
+WHERE_OPTIONS = ("runtime", "device", "variant", "threads", "cache_dir", "build", "loop")
 IMAGE_OPTIONS = (
     "output", "labels", "guidance", "guidance_interval", "seed", "first", "batch", "deadline_ms",
     "budget_ms", "as_json",
@@ -54,6 +55,13 @@ def runtime_options(command: Callable[..., None]) -> Callable[..., None]:
         default="never",
         show_default=True,
         help="missing: with --runtime tensorrt, build the engine where it is not there.",
+    )
+    @click.option(
+        "--loop",
+        type=click.Choice(LOOPS),
+        default="auto",
+        show_default=True,
+        help="Where the sampling loop runs; device: on the GPU with the network.",
     )
     @functools.wraps(command)
     def gathered(**given: Any) -> None:

@@ -81,6 +81,7 @@ def make_images(
             "evaluations": result.plan.evaluations,
             "runtime": result.runtime,
             "variant": result.variant,
+            "loop": result.loop,
             "seconds": round(seconds, 3),
             "stopped": result.stopped,
             "expected_seconds": None if expected is None else round(expected, 3),
@@ -88,10 +89,11 @@ def make_images(
         click.echo(json.dumps(report))
         return
     stopped = ", stopped by the deadline" if result.stopped else ""
+    loop = ", and so the loop" if result.loop == "device" else ""
     click.echo(
         f"{output}: {len(result.images)} image{'s' * (len(result.images) > 1)}, "
         f"seed {result.seed}{stopped}\n"
-        f"{result.plan.name}, {result.variant}, {result.runtime}: {seconds:.2f} s, "
+        f"{result.plan.name}, {result.variant}, {result.runtime}{loop}: {seconds:.2f} s, "
         f"{seconds / len(result.images):.3f} s an image"
         + ("" if expected is None else f", {expected:.3f} s expected")
     )

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/soak.py                     # 10,000 calls of the built-in model
     python tests/benchmarks/soak.py --leak 2000         # the same with a leak that must be found
+    python tests/benchmarks/soak.py --device cuda --runtime tensorrt    # the GPU's memory as well
 
 Short calls (1 or 2 steps) whose seeds, labels, guidance and batch sizes vary. The process's
 resident memory is read after every call; the figure is the least-squares slope of the readings
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_edge import Generator
+from ddpm_edge.runtimes import cuda
 
 LIMIT = 1024.0  # bytes a call
 STATM = Path("/proc/self/statm")
@@ -29,6 +31,12 @@ def resident() -> int:
         return int(STATM.read_text().split()[1]) * resource.getpagesize()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def on_gpu() -> int:
+    """Bytes of the current GPU that are in use, by whomever."""
+    _, free, total = cuda.cudart().cudaMemGetInfo()
+    return int(total) - int(free)
 
 
 def slope(readings: np.ndarray) -> float:
@@ -57,23 +65,30 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=10_000)
     parser.add_argument("--leak", type=int, default=0, help="bytes to lose at every call")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one evaluation")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runtime", default="auto")
     a = parser.parse_args()
-    readings = np.full(a.calls, -1, np.int64)  # written to: all its memory is there from the start
+    read = {"resident": resident} | ({} if a.device == "cpu" else {"on the GPU": on_gpu})
+    # written to: all its memory is there from the start
+    readings = {name: np.full(a.calls, -1, np.int64) for name in read}
     lost = []
     start = time.perf_counter()
-    with Generator.load(device="cpu", threads=a.threads) as generator:
+    where = {"device": a.device, "runtime": a.runtime, "threads": a.threads}
+    build = "missing" if a.runtime == "tensorrt" else "never"
+    with Generator.load(**where, build=build) as generator:
         for i in range(a.calls):
             sample(generator, i)
             if a.leak:
                 lost.append(b"x" * a.leak)
-            readings[i] = resident()
-    growth = slope(readings)
-    print(
-        f"{a.calls} calls in {time.perf_counter() - start:.0f} s: {growth:+.1f} bytes a call, "
-        f"limit {LIMIT:.0f}; resident {readings[0] / 1e6:.1f} MB at first, "
-        f"{readings[len(readings) // 5] / 1e6:.1f} after a fifth, {readings[-1] / 1e6:.1f} at last"
-    )
-    return 1 if growth >= LIMIT else 0
+            for name, reading in read.items():
+                readings[name][i] = reading()
+    print(f"{a.calls} calls in {time.perf_counter() - start:.0f} s, limit {LIMIT:.0f} bytes a call")
+    for name, of in readings.items():
+        print(
+            f"{slope(of):+.1f} bytes a call; {name} {of[0] / 1e6:.1f} MB at first, "
+            f"{of[len(of) // 5] / 1e6:.1f} after a fifth, {of[-1] / 1e6:.1f} at last"
+        )
+    return 1 if any(slope(of) >= LIMIT for of in readings.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""ONNX Runtime on a GPU: a session of its CPU provider on the fake GPU's stream (see fake_gpu)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import fake_gpu
+import numpy as np
+import pytest
+from fake_gpu import CudaError, FakeCuda
+
+onnxruntime = pytest.importorskip("onnxruntime")
+from ddpm_edge import Bundle, Generator
+from ddpm_edge.errors import ClosedError, EngineError
+from ddpm_edge.runtimes.base import gpu_engine
+from ddpm_edge.runtimes.onnx_runtime import CUDA, OnnxRuntimeEngine
+
+MODEL = Bundle.open().model()[1]
+REAL = onnxruntime.InferenceSession
+
+
+class Binding:
+    """An IOBinding that takes addresses of the fake GPU, as they are the host's."""
+
+    def __init__(self, session: Any) -> None:
+        self.real = session.io_binding()
+        self.bind_input = self._bind(self.real.bind_input)
+        self.bind_output = self._bind(self.real.bind_output)
+
+    def _bind(self, bind: Any) -> Any:
+        def bound(name: str, kind: str, number: int, dtype: Any, shape: Any, at: int) -> None:
+            assert (kind, number) == ("cuda", 0)
+            bind(name, "cpu", 0, dtype, shape, at)
+
+        return bound
+
+
+class Session:
+    """What a session on CUDA does, as far as it is used."""
+
+    def __init__(self, machine: Machine, options: dict[str, str], model: Any, session: Any) -> None:
+        self.machine, self.options = machine, options
+        self.real = REAL(model, session, ["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
+
+    def get_providers(self) -> list[str]:
+        return [CUDA, "CPUExecutionProvider"]
+
+    def io_binding(self) -> Binding:
+        return Binding(self.real)
+
+    def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        try:
+            self.machine.runs.append(int(options.get_run_config_entry("gpu_graph_id")))
+        except RuntimeError:  # it has no such entry
+            self.machine.runs.append(0)
+        if self.machine.fail is not None:
+            raise self.machine.fail
+        plain = onnxruntime.RunOptions()
+        stream = int(self.options["user_compute_stream"])
+        self.machine.cuda.queue(stream, lambda: self.real.run_with_iobinding(binding.real, plain))
+
+
+class Machine:
+    """A machine with onnxruntime-gpu. `refuses`: what a session's options must not have."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.refuses, self.fail = cuda, "", None
+        self.runs: list[int] = []
+        self.opened: list[dict[str, str]] = []
+
+    def session(self, model: Any, options: Any, providers: Any, enable_fallback: int) -> Any:
+        if isinstance(providers[0], str):
+            return REAL(model, options, providers)
+        own = providers[0][1]
+        self.opened.append(own)
+        if self.refuses in own:
+            raise RuntimeError(f"no {self.refuses} with this model")
+        return Session(self, own, model, options)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    fake = Machine(fake_gpu.install(monkeypatch).cuda)
+    fake.refuses = "nothing"
+    both = [CUDA, "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fake.session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    return fake
+
+
+@pytest.fixture
+def generator(machine: Machine) -> Iterator[Generator]:
+    with Generator.load(runtime="onnxruntime", device="cuda") as generator:
+        yield generator
+
+
+CALL: dict[str, Any] = {"label": [1, None, 5], "guidance": 2.0, "seed": 3, "steps": 5}
+
+
+def test_images_are_those_of_the_cpu(generator: Generator, machine: Machine) -> None:
+    result = generator.run(3, dtype="float32", **CALL)
+    assert (result.runtime, result.loop) == ("onnxruntime on cuda:0", "device")
+    with Generator(Bundle.open(), OnnxRuntimeEngine(MODEL, "cpu"), "fp32") as on_cpu:
+        theirs = on_cpu.sample(3, dtype="float32", **CALL)
+    np.testing.assert_allclose(result.images, theirs, atol=1e-5)  # it asks about 6, not about 5
+    assert machine.runs == [1] * 5
+    assert machine.opened[0].keys() >= {"user_compute_stream", "enable_cuda_graph", "use_tf32"}
+
+
+def test_each_batch_has_a_graph_of_its_own(generator: Generator, machine: Machine) -> None:
+    for n in (1, 2, 1, 2):
+        generator.sample(n, seed=0, steps=2)
+    assert machine.runs == [1, 1, 2, 2, 1, 1, 2, 2]
+    generator.sample(1, label=1, guidance=2.0, guidance_interval=(500, 1000), seed=0, steps=4)
+    assert set(machine.runs[8:]) == {3, 4}  # asked twice, and once
+    assert "cudaStreamBeginCapture" not in machine.cuda.calls  # ONNX Runtime captures itself
+
+
+def test_a_model_that_has_no_graph(machine: Machine) -> None:
+    machine.refuses = "enable_cuda_graph"
+    with Generator.load(runtime="onnxruntime", device="cuda") as generator:
+        machine.refuses = "nothing"
+        assert generator.run(2, seed=0, steps=2).loop == "device"
+        assert machine.runs == [0, 0]  # no number of a graph
+    assert ["enable_cuda_graph" in options for options in machine.opened] == [True, False]
+
+
+def test_a_capture_that_another_thread_spoils(
+    generator: Generator, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = generator.sample(1, seed=0, steps=3)
+    usual = Session.run_with_iobinding
+
+    def run(self: Session, binding: Binding, options: Any) -> None:
+        if options.get_run_config_entry("gpu_graph_id") != "-1":
+            raise RuntimeError("CUDA error 901: operation failed due to a previous error")
+        usual(self, binding, options)
+
+    Session.run_with_iobinding = run  # type: ignore[method-assign]
+    try:
+        np.testing.assert_array_equal(generator.sample(1, seed=0, steps=3), expected)
+    finally:
+        Session.run_with_iobinding = usual  # type: ignore[method-assign]
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.startswith("ONNX Runtime goes on without a CUDA graph: ONNX Runtime failed: CUDA")
+    assert machine.runs == [1] * 3 + [-1] * 3
+
+
+def test_a_failure_is_an_error(generator: Generator, machine: Machine) -> None:
+    machine.fail = RuntimeError("it broke")  # type: ignore[assignment]
+    with pytest.raises(EngineError, match="it broke"):
+        generator.sample(1, seed=0, steps=2)
+    machine.fail = None
+    assert len(generator.sample(1, seed=0, steps=2)) == 1
+
+
+def test_without_cuda_bindings_the_loop_runs_on_the_host(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.cuda.fail["cudaStreamCreateWithFlags"] = CudaError.cudaErrorNoDevice
+    with caplog.at_level(logging.INFO, "ddpm_edge"), OnnxRuntimeEngine(MODEL, "cuda") as engine:
+        assert gpu_engine(engine) is None
+        assert engine.device == "cuda:0"
+        assert engine.concurrent
+    assert "arrays do not stay on the GPU: CUDA does not work" in caplog.text
+
+
+def test_closing_frees_the_stream(machine: Machine) -> None:
+    engine = OnnxRuntimeEngine(MODEL, "cuda")
+    assert not engine.concurrent  # all calls are on one stream
+    resident = engine.resident(1, {})
+    engine.close()
+    engine.close()
+    assert not machine.cuda.streams
+    for call in (resident, lambda: engine.resident(1, {})):
+        with pytest.raises(ClosedError):
+            call()
