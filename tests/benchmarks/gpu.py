@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gpu.py                        # both models, batches of 1, 16 and 64
     python tests/benchmarks/gpu.py --json found.json --profile traces   # and what the GPU did
-    python tests/benchmarks/gpu.py --device cpu --model built-in --batch 1 --steps 2    # a trial
+    python tests/benchmarks/gpu.py --device cpu --model built-in --batch 1 --steps 2   # a trial
 
 Contenders: torch as one writes it (eager), and `torch.compile(mode="reduce-overhead")`, each in
 float32, in TF32 and in autocast to float16, with the state on the GPU; ddpm-edge on ONNX Runtime's

@@ -82,11 +82,11 @@ def main() -> int:
                 lost.append(b"x" * a.leak)
             for name, reading in read.items():
                 readings[name][i] = reading()
-    print(f"{a.calls} calls in {time.perf_counter() - start:.0f} s, limit {LIMIT:.0f} bytes a call")
+    print(f"{a.calls} calls in {time.perf_counter() - start:.0f} s:", end=" ")
     for name, of in readings.items():
         print(
-            f"{slope(of):+.1f} bytes a call; {name} {of[0] / 1e6:.1f} MB at first, "
-            f"{of[len(of) // 5] / 1e6:.1f} after a fifth, {of[-1] / 1e6:.1f} at last"
+            f"{slope(of):+.1f} bytes a call, limit {LIMIT:.0f}; {name} {of[0] / 1e6:.1f} MB at "
+            f"first, {of[len(of) // 5] / 1e6:.1f} after a fifth, {of[-1] / 1e6:.1f} at last"
         )
     return 1 if any(slope(of) >= LIMIT for of in readings.values()) else 0
 
