@@ -12,6 +12,9 @@ PINNED := -c constraints.txt
 # The tests' networks are tiny: torch's threads would mostly wait for each other.
 ONE_THREAD := OMP_NUM_THREADS=1
 
+# The tests run the kernels of the loop on the GPU compiled for the CPU.
+COMPILER = command -v c++ > /dev/null || $(1)/pip install --quiet $(PINNED) ziglang
+
 .PHONY: demo test dev check lint numpy1 ptx retrain clean
 
 demo: $(BIN)/python
@@ -24,6 +27,7 @@ test: $(BIN)/python
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/pip install --quiet $(PINNED) "$$(ls dist/*.whl)[cpu,export,dev]"
 	$(BIN)/pip install --quiet $(PINNED) --no-deps --force-reinstall dist/*.whl
+	$(call COMPILER,$(BIN))
 	$(ONE_THREAD) $(BIN)/pytest
 
 dev: $(BIN)/python
@@ -42,6 +46,7 @@ numpy1:
 	$(PYTHON) -m venv $(VENV)-numpy1
 	$(VENV)-numpy1/bin/pip install --quiet 'numpy==1.26.4' pytest "$$(ls dist/*.whl)[cpu]"
 	$(VENV)-numpy1/bin/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	$(call COMPILER,$(VENV)-numpy1/bin)
 	$(VENV)-numpy1/bin/pytest -q tests/test_noise.py tests/test_schedule.py tests/test_samplers.py \
 		tests/test_grid.py tests/test_phi.py tests/test_one_step.py tests/test_dpm_solver.py \
 		tests/test_unipc.py tests/test_ipndm.py tests/test_predictor_corrector.py \
@@ -50,7 +55,7 @@ numpy1:
 		tests/test_inversion.py tests/test_inputs.py tests/test_cli.py tests/test_verify.py \
 		tests/test_bench.py tests/test_quality.py tests/test_runtimes.py tests/test_trt.py \
 		tests/test_engine_cache.py tests/test_doctor.py tests/test_without_gpu.py \
-		tests/test_choice.py tests/test_tune.py
+		tests/test_choice.py tests/test_tune.py tests/test_device_loop.py tests/test_resident.py
 
 ptx:
 	$(BIN)/python tests/nvrtc.py ddpm_edge/step.cu > ddpm_edge/step.ptx

@@ -13,7 +13,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -82,33 +81,36 @@ class DeviceState:
     def __init__(self, loop: DeviceLoop, index: int, plan: Plan) -> None:
         self.index, self.t, self.plan = index, int(plan.t[index]), plan
         self._of = loop
+        self._arrays: dict[str, Array] = {}
 
-    @cached_property
+    @property
     def x(self) -> Array:
         """The state after the row; float32 (B, C, H, W)."""
-        return self._of.read("x", self.plan)
+        return self._copied("x")
 
-    @cached_property
+    @property
     def m(self) -> Array:
         """The network's answer in the plan's form; float32 (B, C, H, W)."""
-        return self._of.read("m", self.plan)
-
-    @cached_property
-    def _x0(self) -> Array:
-        return self._of.read("x0", self.plan)
+        return self._copied("m")
 
     def x0(self) -> Array:
         """The x0 that this row saw; a new array."""
-        return np.array(self._x0)
+        return np.array(self._copied("x0"))
 
     def wait(self) -> None:
         """Until the row has been computed."""
         self._of.wait()
 
     def keep(self) -> None:
-        """Copy back what somebody may still ask for: the loop will be another call's."""
-        with contextlib.suppress(ClosedError, EngineError, NonFiniteError):
-            _ = self.x, self.m, self._x0
+        """Copy back what somebody may still ask for: the loop goes on, or to another call."""
+        missing = [name for name in ("x", "m", "x0") if name not in self._arrays]
+        if missing:
+            self._arrays |= self._of.read(missing, self.plan)
+
+    def _copied(self, name: str) -> Array:
+        if name not in self._arrays:
+            self._arrays |= self._of.read([name], self.plan)
+        return self._arrays[name]
 
 
 class DeviceLoop:
@@ -138,7 +140,8 @@ class DeviceLoop:
         self._shape = (batch, *network.manifest.sample_shape)
         self._buffers = cuda.Buffers()
         self._residents: dict[int, Resident] = {}
-        self._graphs: dict[int, Any] = {}  # by questions; None = ran once, and can be captured
+        # By questions: None = it ran once and is not captured yet, False = it cannot be.
+        self._graphs: dict[int, Any] = {}
         self._events: list[Any] = []
         self._queued = 0
         self.ended: DdpmEdgeError | None = None  # what every further use raises
@@ -204,17 +207,16 @@ class DeviceLoop:
                 self._queue(lambda n=questions: self._step(n))  # type: ignore[misc]
                 state = DeviceState(self, i, plan)
                 if i + 1 == len(rows):
-                    self.wait()
-                    self._check(plan)
-                    _ = state.x
-                elif self._queued >= AHEAD:
+                    state.keep()
+                else:
                     self._wait_for(self._queued - AHEAD)
                     self._check(plan)
                 yield state
         finally:
             self._synchronize()
             if state is not None:
-                state.keep()
+                with contextlib.suppress(ClosedError, EngineError, NonFiniteError):  # no one asked
+                    state.keep()
 
     def _load(
         self,
@@ -335,17 +337,22 @@ class DeviceLoop:
             if self.ended is None:  # else who closed the engine has waited
                 cuda.call("cudaStreamSynchronize", self._stream)
 
-    def read(self, name: str, plan: Plan) -> Array:
-        """A copy of one of the loop's arrays, as the last step left it; float32 (B, C, H, W).
+    def read(self, names: list[str], plan: Plan) -> dict[str, Array]:
+        """Copies of the loop's arrays, as the last step left them; float32 (B, C, H, W).
 
         Raises:
             NonFiniteError: the network has answered with NaN or infinity.
         """
-        memory, hosts = self._memory(name, 0), []
-        self._queue(lambda: hosts.append(memory.read(self._shape, np.float32, self._stream)))
+        hosts: dict[str, Array] = {}
+
+        def read() -> None:
+            for name in names:
+                hosts[name] = self._memory(name, 0).read(self._shape, np.float32, self._stream)
+
+        self._queue(read)
         self.wait()
         self._check(plan)
-        return np.array(hosts[0])
+        return {name: host.copy() for name, host in hosts.items()}
 
     def _check(self, plan: Plan) -> None:
         """Raise NonFiniteError if a step that is done has seen an answer that is not finite."""
@@ -457,12 +464,13 @@ class DeviceLoops:
 
     def _free(self) -> None:
         """Free the loops that are too many, and all when no more calls may come."""
-        while self._idle and (self._ended or len(self._idle) > KEPT):
-            self._idle.pop(0).free()
-        if self._ended and not self._lent and self._kernels is not None:
-            kernels, self._kernels = self._kernels, None
-            with contextlib.suppress(EngineLostError):
-                kernels.free()
+        with self._lock:
+            while self._idle and (self._ended or len(self._idle) > KEPT):
+                self._idle.pop(0).free()
+            if self._ended and not self._lent and self._kernels is not None:
+                kernels, self._kernels = self._kernels, None
+                with contextlib.suppress(EngineLostError):
+                    kernels.free()
 
     def _end(self, error: DdpmEdgeError) -> None:
         """Let every further use raise this."""

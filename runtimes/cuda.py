@@ -287,8 +287,8 @@ def capture(queue: Callable[[], object], stream: int) -> Any:
         EngineError: something in it cannot be captured.
     """
     mode = cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    call("cudaStreamBeginCapture", stream, mode)
     try:
+        call("cudaStreamBeginCapture", stream, mode)
         queue()
     except BaseException:
         with contextlib.suppress(EngineError):  # it is broken, and says so; the stream is free

@@ -170,6 +170,8 @@ class FakeCuda(ModuleType):
         self.captured[stream] = []
 
     def cudaStreamEndCapture(self, stream: int) -> Any:
+        if stream not in self.captured:
+            return CudaError.cudaErrorInvalidValue
         graph = next(self.numbers)
         self.graphs[graph] = self.captured.pop(stream)
         return graph
@@ -227,8 +229,9 @@ class FakeCuda(ModuleType):
 
     def _allocate(self, where: str, size: int) -> Any:
         assert not self.captured, "memory is allocated while a stream is captured"
-        used = sum(len(block) for block in self.blocks["device"].values())
-        if where == "device" and used + size > self.memory:
+        both = ("device", "host") if self.integrated else ("device",)
+        used = sum(len(block) for kind in both for block in self.blocks[kind].values())
+        if where in both and used + size > self.memory:
             return CudaError.cudaErrorMemoryAllocation
         block = (ctypes.c_byte * size)(*([-1] * min(size, 4096)))  # NaN as float32
         self.blocks[where][ctypes.addressof(block)] = block

@@ -1,14 +1,14 @@
 """ddpm-edge beside torch on one GPU: the same weights, the same DDIM steps, one run.
 
-    python tests/benchmarks/gpu.py                        # both models, batches of 1, 16 and 64
+    python tests/benchmarks/gpu.py             # both models, batches of 1, 16 and 64
     python tests/benchmarks/gpu.py --json found.json --profile traces   # and what the GPU did
-    python tests/benchmarks/gpu.py --device cpu --model built-in --batch 1 --steps 2   # a trial
+    python tests/benchmarks/gpu.py --device cpu --model built-in --batch 1 --steps 2  # a trial
 
 Contenders: torch as one writes it (eager), and `torch.compile(mode="reduce-overhead")`, each in
 float32, in TF32 and in autocast to float16, with the state on the GPU; ddpm-edge on ONNX Runtime's
 CUDA provider and on the TensorRT that is there, in float32 and float16, with the loop on the device
-and on the host. They take turns in one process; a turn is a DDIM run of `--steps`, after one that is
-not timed. A ratio is of two turns of one round; printed is the geometric mean. The images of every
+and on the host. They take turns in one process; a turn is a DDIM run of `--steps`, after one that
+is not timed. A ratio is of two turns of one round; printed is the geometric mean. The images of every
 contender are compared with those of eager float32 first.
 
 It needs the extras [export] and [gpu] or [tensorrt], for torch a build with CUDA. What cannot run
