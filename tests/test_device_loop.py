@@ -249,6 +249,24 @@ def test_guidance_asks_twice_where_it_acts_alone(load: Load, toy: GpuToy, gpu: F
     assert asked.count(4) == acts == 4
 
 
+def test_what_guidance_need_not_ask_does_not_matter(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's batch is twice the samples, also of those that are not guided."""
+    usual = fake_gpu.ToyEngine.__call__
+
+    def broken(self: Any, arrays: Any) -> Any:
+        answers = usual(self, arrays)
+        if len(arrays["x"]) == 4:
+            answers["prediction"][2] = np.nan  # of the first sample, without its label
+        return answers
+
+    call: dict[str, Any] = {"label": 3, "guidance": [1.0, 2.0], "seed": 2, "steps": 5}
+    theirs = load("host").sample(2, **call)
+    monkeypatch.setattr(fake_gpu.ToyEngine, "__call__", broken)
+    np.testing.assert_array_equal(load("device").sample(2, **call), theirs)
+
+
 # Measurements
 
 
@@ -512,10 +530,16 @@ def test_a_stream_that_is_left(load: Load) -> None:
     np.testing.assert_array_equal(while_it_runs, generator.sample(2, seed=0, steps=9))
 
 
+@pytest.mark.parametrize("clip", [1.0, None])  # without, the later answers are not finite either
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("steps", [1, 3, 40])
 def test_an_answer_that_is_not_finite(
-    load: Load, toy: GpuToy, monkeypatch: pytest.MonkeyPatch, bad: float, steps: int
+    load: Load,
+    toy: GpuToy,
+    monkeypatch: pytest.MonkeyPatch,
+    bad: float,
+    steps: int,
+    clip: float | None,
 ) -> None:
     generator = load("device")
     answer, t_bad = (
@@ -532,7 +556,7 @@ def test_an_answer_that_is_not_finite(
     monkeypatch.setattr(fake_gpu.ToyEngine, "__call__", broken)
     at = min(3, steps)
     with pytest.raises(NonFiniteError, match=f"step {at} of {steps}, t = {t_bad}: in samples 1 of"):
-        generator.sample(2, seed=0, steps=steps, clip=1.0)
+        generator.sample(2, seed=0, steps=steps, clip=clip)
     assert len(toy.calls) <= at + device_loop.AHEAD  # it did not go on to the end
 
 

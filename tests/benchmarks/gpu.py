@@ -8,8 +8,8 @@ Contenders: torch as one writes it (eager), and `torch.compile(mode="reduce-over
 float32, in TF32 and in autocast to float16, with the state on the GPU; ddpm-edge on ONNX Runtime's
 CUDA provider and on the TensorRT that is there, in float32 and float16, with the loop on the device
 and on the host. They take turns in one process; a turn is a DDIM run of `--steps`, after one that
-is not timed. A ratio is of two turns of one round; printed is the geometric mean. The images of every
-contender are compared with those of eager float32 first.
+is not timed. A ratio is of two turns of one round; printed is the geometric mean. The images of all
+contenders are compared with those of eager float32 first.
 
 It needs the extras [export] and [gpu] or [tensorrt], for torch a build with CUDA. What cannot run
 here is listed with the reason. It has not run on a GPU yet.
