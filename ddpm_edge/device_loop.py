@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from importlib import resources
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -26,13 +26,12 @@ from ddpm_edge.errors import (
     EngineLostError,
     NonFiniteError,
 )
+from ddpm_edge.guidance import Guidance, Labels
+from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import Clip, Plan, Row, not_finite
 from ddpm_edge.restoration import Mask, Measurement, ddnm_plus
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import GpuEngine, Resident
-
-if TYPE_CHECKING:
-    from ddpm_edge.sampling import Guidance, Labels, Network
 
 KEPT = 4  # loops that wait for the next call of their batch size
 AHEAD = 2  # steps that are queued at most: the GPU does not wait, and whatever ends a call can
@@ -117,8 +116,8 @@ class DeviceLoop:
     """The loop for batches of one size; one run at a time.
 
     Args:
-        network: what answers, on `engine`.
-        engine: its engine.
+        manifest: what is known of the network.
+        engine: what evaluates it.
         lock: held while anything is queued on the engine's stream.
         kernels: of step.ptx.
         batch: samples.
@@ -127,7 +126,7 @@ class DeviceLoop:
 
     def __init__(
         self,
-        network: Network,
+        manifest: Manifest,
         engine: GpuEngine,
         lock: contextlib.AbstractContextManager[object],
         kernels: cuda.Kernels,
@@ -135,9 +134,9 @@ class DeviceLoop:
         guided: bool,
     ) -> None:
         self.guided = guided
-        self._network, self._engine, self._lock, self._kernels = network, engine, lock, kernels
+        self._manifest, self._engine, self._lock, self._kernels = manifest, engine, lock, kernels
         self._stream = cast(int, engine.stream)
-        self._shape = (batch, *network.manifest.sample_shape)
+        self._shape = (batch, *manifest.sample_shape)
         self._buffers = cuda.Buffers()
         self._residents: dict[int, Resident] = {}
         # By questions: None = it ran once and is not captured yet, False = it cannot be.
@@ -196,7 +195,7 @@ class DeviceLoop:
             EngineError: the GPU or the engine failed.
         """
         on_x0 = plan.clip is not None or measurement is not None
-        rows = plan.rows(self._network.manifest.prediction, "x0" if on_x0 else None)
+        rows = plan.rows(self._manifest.prediction, "x0" if on_x0 else None)
         guided = [guidance is not None and guidance.at(row.t) is not None for row in rows]
         state = None
         try:
@@ -231,24 +230,24 @@ class DeviceLoop:
         measurement: Measurement | None,
     ) -> None:
         """Write all that the steps need."""
-        network, batch = self._network, self._shape[0]
+        manifest, batch = self._manifest, self._shape[0]
         clip = Clip.parse(plan.clip)
         twice = 2 if self.guided else 1
         arrays = {
             "x": np.concatenate([x] * twice),
             "row": np.array([-1], np.int32),
             "bad": np.full(batch, -1, np.int32),
-            "table": _table(rows, guided, plan, measurement, network.manifest.timestep_offset),
+            "table": _table(rows, guided, plan, measurement, manifest.timestep_offset),
             "b": plan.b.astype(np.float32),
         }
         history = math.prod(self._shape) * plan.b.shape[1] * 4
         if labels is None:
-            labels = network.no_label(batch)
+            labels = manifest.no_label(batch)
         if labels is not None:
-            no_label = labels[:0] if guidance is None else network.no_label(batch)
+            no_label = labels[:0] if guidance is None else manifest.no_label(batch)
             arrays["label"] = np.concatenate([labels, cast(Array, no_label)])
         if guidance is not None:
-            has_label = labels != network.manifest.null_label
+            has_label = labels != manifest.null_label
             arrays["push"] = np.where(has_label, guidance.scale - 1, 0).astype(np.float32)
         if measurement is not None:
             everywhere = np.ones(self._shape, np.float32)
@@ -383,18 +382,18 @@ class DeviceLoops:
     """The loops on an engine's GPU; those that are not at work wait for the next call.
 
     Args:
-        network: what answers, on `engine`.
-        engine: its engine.
+        manifest: what is known of the network.
+        engine: what evaluates it.
         lock: held while anything is queued on the engine's stream.
     """
 
     def __init__(
         self,
-        network: Network,
+        manifest: Manifest,
         engine: GpuEngine,
         lock: contextlib.AbstractContextManager[object],
     ) -> None:
-        self._network, self._engine, self._lock = network, engine, lock
+        self._manifest, self._engine, self._lock = manifest, engine, lock
         self._kernels: cuda.Kernels | None = None
         self._broken = ""
         self._idle: list[DeviceLoop] = []  # the last one used at the end
@@ -440,7 +439,7 @@ class DeviceLoops:
                     break
             else:
                 loop = DeviceLoop(
-                    self._network,
+                    self._manifest,
                     self._engine,
                     self._lock,
                     cast(cuda.Kernels, self._kernels),

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ddpm_edge import checks, noise
+from ddpm_edge.arrays import Int64
 from ddpm_edge.errors import BundleError, ConfigError
 from ddpm_edge.plan import Plan, check_prediction
 from ddpm_edge.samplers import DEFAULT_SPACING, VARIANCES, make_plan, override, timesteps
@@ -101,6 +102,16 @@ class Manifest:
                 f"of its labels, {listing}"
             )
         raise ConfigError(f"no label {checks.shown(label)}; labels are {listing}")
+
+    def no_label(self, count: int) -> Int64 | None:
+        """The null label for `count` samples, int64 (count,); None where there are no labels.
+
+        Raises:
+            ConfigError: there are labels, but none of them is the null label.
+        """
+        if not self.class_names:
+            return None
+        return np.full(count, self.label_number(None), np.int64)
 
     def properties(self) -> dict[str, str]:
         """What an ONNX file repeats in its `metadata_props`, so that it explains itself alone."""

@@ -15,11 +15,12 @@ import numpy as np
 from ddpm_edge import checks, noise
 from ddpm_edge.arrays import Array, Float32
 from ddpm_edge.errors import ConfigError
+from ddpm_edge.guidance import Guidance, Labels
 from ddpm_edge.images import to_images
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import Plan, State
 from ddpm_edge.restoration import part_of
-from ddpm_edge.sampling import Guidance, Labels, Network, enough_memory, sample_states
+from ddpm_edge.sampling import Network, enough_memory, sample_states
 from ddpm_edge.tasks import Known, Task
 
 Label = int | str | None

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,35 +14,16 @@ from ddpm_edge import checks, device_loop, noise
 from ddpm_edge.arrays import Array, Float32, Int64
 from ddpm_edge.device_loop import DeviceLoops
 from ddpm_edge.errors import BundleError, ConfigError, OutOfMemoryError
+from ddpm_edge.guidance import Guidance, Labels
 from ddpm_edge.manifest import Manifest
 from ddpm_edge.plan import Plan, State, run_plan
 from ddpm_edge.restoration import Measurement
 from ddpm_edge.runtimes.base import Engine, gpu_engine
 
-Labels = Int64 | None
 LOOPS = ("auto", "host", "device")
 log = logging.getLogger("ddpm_edge")
 
 MAX_BATCH = 16  # samples in one engine call unless told otherwise
-
-
-class Guidance(NamedTuple):
-    """Classifier-free guidance of a batch (Ho and Salimans 2022).
-
-    Attributes:
-        scale: of eps_u + scale (eps_c - eps_u) for each sample; 1 = plain conditioning;
-            float32 (B,).
-        interval: the first and the last timestep, low <= high, at which it acts (Kynkaanniemi et
-            al. 2024); elsewhere the network is asked with the labels alone.
-    """
-
-    scale: Float32
-    interval: tuple[int, int]
-
-    def at(self, t: int) -> Float32 | None:
-        """The scales at timestep t; None where it does not act."""
-        low, high = self.interval
-        return self.scale if low <= t <= high else None
 
 
 class Network:
@@ -89,7 +69,7 @@ class Network:
         self.loop = loop
         self._loops: DeviceLoops | None = None
         if on_gpu is not None:
-            self._loops = device_loop.DeviceLoops(self, on_gpu, self._one_at_a_time)
+            self._loops = device_loop.DeviceLoops(manifest, on_gpu, self._one_at_a_time)
 
     def loops_for(self, plan: Plan, measurement: Measurement | None) -> DeviceLoops | None:
         """The loops on the device, if they run this; None = the host's does.
@@ -127,11 +107,11 @@ class Network:
                 those without a label are not asked about twice.
         """
         if labels is None:
-            labels = self.no_label(len(x))
+            labels = self.manifest.no_label(len(x))
         if scale is None or labels is None:
             return self._evaluate(x, t, labels)
         guided = np.flatnonzero((scale != 1) & (labels != self.manifest.null_label))
-        no_label = labels[:0] if not len(guided) else self.no_label(len(guided))
+        no_label = labels[:0] if not len(guided) else self.manifest.no_label(len(guided))
         both = self._evaluate(np.concatenate([x, x[guided]]), t, np.concatenate([labels, no_label]))
         answer, without = both[: len(x)], both[len(x) :]
         # eps_u + scale (eps_c - eps_u), from the side that leaves scale 1 as it is
@@ -143,16 +123,6 @@ class Network:
         """How many samples to ask about at once unless told otherwise; guided, each is two."""
         most = self.engine.max_batch or MAX_BATCH * 2
         return max(1, min(MAX_BATCH, most // 2 if guided else most))
-
-    def no_label(self, count: int) -> Labels:
-        """The null label for `count` samples, int64 (count,); None where there are no labels.
-
-        Raises:
-            ConfigError: there are labels, but none of them is the null label.
-        """
-        if not self.manifest.class_names:
-            return None
-        return np.full(count, self.manifest.label_number(None), np.int64)
 
     def _evaluate(self, x: Array, t: int | Int64, labels: Labels) -> Array:
         number = t + self.manifest.timestep_offset
