@@ -134,7 +134,7 @@ class TensorRTEngine:
         """An evaluation in a context of its own (see `GpuEngine`): a graph takes a whole one."""
         self._check(batch)
         cuda.use(self.gpu)
-        context = self._engine.create_execution_context()
+        context = _final_context(self._flavour.trt, self._engine)
         if context is None:
             raise _no_memory(self._flavour, self.gpu, self._logger.said())
         for name, address in addresses.items():
@@ -207,6 +207,21 @@ class TensorRTEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _final_context(trt: Any, engine: Any) -> Any:
+    """A context whose kernels do not change after its first call; None = there is no memory.
+
+    TensorRT for RTX would begin with others and compile those for the batch in the background: a
+    graph that was captured meanwhile would keep the slow ones.
+    """
+    strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    new_settings = getattr(engine, "create_runtime_config", None)
+    if strategies is None or new_settings is None:
+        return engine.create_execution_context()
+    settings = new_settings()
+    settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+    return engine.create_execution_context(settings)
 
 
 def _no_memory(flavour: Flavour, gpu: GPU, said: str) -> OutOfMemoryError:

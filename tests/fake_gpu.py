@@ -404,6 +404,7 @@ class FakeEngine:
         self.ort = OnnxRuntimeEngine(model, device="cpu", threads=1)
         self.specs = self.ort.inputs | self.ort.outputs
         self.num_io_tensors = len(self.specs)
+        self.settings: list[Any] = []  # of each context
 
     def get_tensor_name(self, i: int) -> str:
         return list(self.specs)[i]
@@ -420,7 +421,8 @@ class FakeEngine:
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(size, *self.get_tensor_shape(name)[1:]) for size in self.profile]
 
-    def create_execution_context(self) -> Any:
+    def create_execution_context(self, settings: Any = None) -> Any:
+        self.settings.append(settings)
         return None if self.trt.context_fails else FakeContext(self)
 
 

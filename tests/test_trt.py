@@ -115,6 +115,22 @@ def test_threads_share_it(generator: Generator) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_rtx_compiles_for_the_batch_before_a_graph_is_captured(
+    gpu: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT for RTX alone has such a strategy, and begins with slower kernels without it."""
+    engine = TensorRTEngine(engine_bytes(gpu), flavour_for(cuda.gpu()), cuda.gpu())
+    engine.resident(1, {})
+    strategies = SimpleNamespace(EAGER="eager")
+    monkeypatch.setattr(gpu, "DynamicShapesKernelSpecializationStrategy", strategies, raising=False)
+    inner = engine._engine
+    inner.create_runtime_config = SimpleNamespace
+    engine.resident(1, {})
+    assert inner.settings[:2] == [None, None]
+    assert inner.settings[2].dynamic_shapes_kernel_specialization_strategy == "eager"
+    engine.close()
+
+
 def test_every_thread_chooses_the_device(generator: Generator, gpu: FakeTensorRT) -> None:
     gpu.cuda.calls.clear()
     thread = threading.Thread(target=lambda: generator.sample(1, steps=1))
