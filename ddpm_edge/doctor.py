@@ -174,8 +174,8 @@ def _ask_auto(facts: dict[str, Any], cache_dir: str | None) -> None:
     from ddpm_edge.generator import Generator
 
     with Generator.load(cache_dir=cache_dir) as generator:
-        generator.warmup()
-        facts["runtime"] = generator.runtime
+        result = generator.run(1, seed=0, steps=1)
+        facts["runtime"], facts["loop"] = result.runtime, result.loop
 
 
 PROBES: dict[str, Callable[..., None]] = {
@@ -364,7 +364,12 @@ def _without_cuda(machine: Machine) -> Finding:
     if not machine.nvidia:
         return Finding("cuda", "info", f"no NVIDIA GPU: {error}")
     if "No module named 'cuda" in error:
-        return Finding("cuda", "warning", "without cuda-bindings TensorRT cannot be used", REMEDY)
+        return Finding(
+            "cuda",
+            "warning",
+            "without cuda-bindings neither TensorRT nor the loop on the GPU can be used",
+            REMEDY,
+        )
     if "CUDA_VISIBLE_DEVICES" in os.environ and "cudaErrorNoDevice" in error:
         text = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} leaves no GPU: {error}"
         return Finding("cuda", "warning", text, "unset CUDA_VISIBLE_DEVICES")
@@ -491,7 +496,8 @@ def auto(machine: Machine) -> Iterator[Finding]:
         yield Finding("auto", "fault", text, "pip install 'ddpm-edge[cpu]'")
     else:
         runtime, device = found.facts["runtime"].split(" on ")
-        yield Finding("auto", "ok", f"Generator.load() would run on {runtime}, {device}")
+        loop = f", its loop on the {found.facts['loop']}" if device.startswith("cuda") else ""
+        yield Finding("auto", "ok", f"Generator.load() would run on {runtime}, {device}{loop}")
 
 
 CHECKS: tuple[Callable[[Machine], Iterator[Finding]], ...] = (

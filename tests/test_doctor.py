@@ -595,6 +595,18 @@ def test_engines_are_counted(machine: Machine, monkeypatch: pytest.MonkeyPatch) 
     assert said.text.endswith("cache: 2 built, 2.0 MB")
 
 
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [("tensorrt on cuda:0", "tensorrt, cuda:0, its loop on the device"), ("x on cpu", "x, cpu")],
+)
+def test_what_would_run(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, runtime: str, said: str
+) -> None:
+    facts = {"runtime": runtime, "loop": "device"}
+    monkeypatch.setattr(module, "probe", lambda *_: Answer(facts, ""))
+    assert [f.text for f in module.auto(machine)] == [f"Generator.load() would run on {said}"]
+
+
 def test_nothing_runs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "probe", lambda *_: Answer({}, "onnxruntime cannot be imported"))
     [said] = module.auto(machine)
