@@ -24,7 +24,7 @@ from ddpm_edge.errors import (
     DdpmEdgeError,
     EngineError,
     EngineLostError,
-    NonFiniteError,
+    RuntimeUnavailableError,
 )
 from ddpm_edge.guidance import Guidance, Labels
 from ddpm_edge.manifest import Manifest
@@ -77,9 +77,9 @@ class DeviceState:
 
     loop: ClassVar[str] = "device"
 
-    def __init__(self, loop: DeviceLoop, index: int, plan: Plan) -> None:
+    def __init__(self, loop: DeviceLoop, run: int, index: int, plan: Plan) -> None:
         self.index, self.t, self.plan = index, int(plan.t[index]), plan
-        self._of = loop
+        self._of, self._run = loop, run
         self._arrays: dict[str, Array] = {}
 
     @property
@@ -104,11 +104,11 @@ class DeviceState:
         """Copy back what somebody may still ask for: the loop goes on, or to another call."""
         missing = [name for name in ("x", "m", "x0") if name not in self._arrays]
         if missing:
-            self._arrays |= self._of.read(missing, self.plan)
+            self._arrays |= self._of.read(missing, self._run, self.plan)
 
     def _copied(self, name: str) -> Array:
         if name not in self._arrays:
-            self._arrays |= self._of.read([name], self.plan)
+            self._arrays |= self._of.read([name], self._run, self.plan)
         return self._arrays[name]
 
 
@@ -142,15 +142,15 @@ class DeviceLoop:
         # By questions: None = it ran once and is not captured yet, False = it cannot be.
         self._graphs: dict[int, Any] = {}
         self._events: list[Any] = []
-        self._queued = 0
+        self._queued = self._runs = 0
         self.ended: DdpmEdgeError | None = None  # what every further use raises
-        try:
-            with lock:
+        with lock:
+            try:
                 cuda.use(engine.gpu)
                 self._make_room(batch * (2 if guided else 1))
-        except BaseException:
-            self.free()
-            raise
+            except BaseException:
+                self.free()
+                raise
 
     def _make_room(self, questions: int) -> None:
         """Allocate all that does not depend on a plan."""
@@ -158,10 +158,9 @@ class DeviceLoop:
         for name, bytes_ in {
             "x": size * questions // batch, "answer": size * questions // batch, "x0": size,
             "t": questions * 8, "label": questions * 8, "push": batch * 4, "row": 4,
-            "run": ctypes.sizeof(Run),
+            "bad": batch * 4, "run": ctypes.sizeof(Run),
         }.items():  # fmt: skip
             self._memory(name, bytes_)
-        self._buffers.of("bad", batch * 4, shared=True)  # the host looks into it after every step
         addresses = {"x": "x", "t": "t", "label": "label", "prediction": "answer"}
         known = {*self._engine.inputs, *self._engine.outputs}
         self._addresses = {
@@ -172,8 +171,32 @@ class DeviceLoop:
             self._events.append(cuda.call("cudaEventCreateWithFlags", flags))
 
     def _memory(self, name: str, size: int) -> cuda.Memory:
-        """Memory of the loop; where there is one memory, host and GPU share what both look at."""
-        return self._buffers.of(name, size, self._engine.gpu.integrated and name != "answer")
+        """Memory of the loop; host and GPU share what the host looks into after every step.
+
+        Where there is one memory, they share x0 too, which the GPU writes and never reads: what is
+        shared it does not cache (CUDA for Tegra, "Memory Selection").
+        """
+        shared = name == "bad" or (name == "x0" and self._engine.gpu.integrated)
+        return self._buffers.of(name, size, shared)
+
+    def prepare(self, plan: Plan, questions: set[int]) -> None:
+        """Allocate what a plan needs that asks the network so many questions at once.
+
+        Raises:
+            EngineError: the engine does not take so many.
+            MemoryError: too little memory on the GPU.
+        """
+        with self._lock:
+            self._check_open()
+            self._memory("m", self._history(plan))
+            self._memory("table", len(plan) * TABLE.itemsize)
+            self._memory("b", plan.b.size * 4)
+            for count in questions - {0, *self._residents}:
+                self._residents[count] = self._engine.resident(count, self._addresses)
+
+    def _history(self, plan: Plan) -> int:
+        """Bytes of the answers that a plan remembers."""
+        return math.prod(self._shape) * int(plan.b.shape[1]) * 4
 
     def run(
         self,
@@ -184,27 +207,19 @@ class DeviceLoop:
         labels: Labels,
         guidance: Guidance | None,
         measurement: Measurement | None,
-        ask: bool = True,
+        questions: list[int],
     ) -> Iterator[DeviceState]:
-        """Run a plan, yielding after every row; arguments as of `sampling.sample_states`.
-
-        Without `ask` it does all but to evaluate the network: what the loop itself costs.
-
-        Raises:
-            NonFiniteError: an answer with NaN or infinity; seen up to two steps later.
-            EngineError: the GPU or the engine failed.
-        """
+        """Run a plan (see `DeviceLoops.run`); `questions`: how many the network gets, each row."""
         on_x0 = plan.clip is not None or measurement is not None
         rows = plan.rows(self._manifest.prediction, "x0" if on_x0 else None)
-        guided = [guidance is not None and guidance.at(row.t) is not None for row in rows]
+        guided = [count > len(x) for count in questions]
+        self._runs += 1
         state = None
         try:
             self._load(plan, rows, guided, x, seed, first, labels, guidance, measurement)
-            for i, row in enumerate(rows):
-                asks = ask and row.evaluate
-                questions = self._shape[0] * (2 if guided[i] else 1) if asks else 0
-                self._queue(lambda n=questions: self._step(n))  # type: ignore[misc]
-                state = DeviceState(self, i, plan)
+            for i, count in enumerate(questions):
+                self._queue(lambda n=count: self._step(n))  # type: ignore[misc]
+                state = DeviceState(self, self._runs, i, plan)
                 if i + 1 == len(rows):
                     state.keep()
                 else:
@@ -212,9 +227,8 @@ class DeviceLoop:
                     self._check(plan)
                 yield state
         finally:
-            self._synchronize()
-            if state is not None:
-                with contextlib.suppress(ClosedError, EngineError, NonFiniteError):  # no one asked
+            if state is not None:  # then nobody may have asked, and all are to see the same error
+                with contextlib.suppress(DdpmEdgeError, MemoryError):
                     state.keep()
 
     def _load(
@@ -240,7 +254,6 @@ class DeviceLoop:
             "table": _table(rows, guided, plan, measurement, manifest.timestep_offset),
             "b": plan.b.astype(np.float32),
         }
-        history = math.prod(self._shape) * plan.b.shape[1] * 4
         if labels is None:
             labels = manifest.no_label(batch)
         if labels is not None:
@@ -261,8 +274,9 @@ class DeviceLoop:
         )  # fmt: skip
 
         def write() -> None:
+            cuda.call("cudaStreamSynchronize", self._stream)  # whatever interrupted the last run
             memory = {name: self._memory(name, array.nbytes) for name, array in arrays.items()}
-            self._memory("m", history).clear(history, self._stream)
+            self._memory("m", 0).clear(self._history(plan), self._stream)
             for name, array in arrays.items():
                 memory[name].write(array, self._stream)
             for name in POINTERS:
@@ -290,7 +304,7 @@ class DeviceLoop:
                 graph = cuda.capture(lambda: self._queue_step(questions), self._stream)
             except EngineLostError:
                 raise
-            except EngineError as error:
+            except (EngineError, RuntimeUnavailableError, MemoryError) as error:
                 log.warning("no CUDA graph of a step: %s", error)
                 graph = False
             self._graphs[questions] = graph
@@ -304,8 +318,6 @@ class DeviceLoop:
         run = self._memory("run", 0).address
         self._kernels.launch("begin", 1, run, self._stream)
         if questions:
-            if questions not in self._residents:
-                self._residents[questions] = self._engine.resident(questions, self._addresses)
             self._residents[questions]()
         self._kernels.launch("advance", math.prod(self._shape), run, self._stream)
 
@@ -314,12 +326,17 @@ class DeviceLoop:
     def _queue(self, work: Callable[[], object]) -> None:
         """Queue work, and an event behind it."""
         with self._lock:
-            if self.ended is not None:
-                raise self.ended
-            cuda.use(self._engine.gpu)
+            self._check_open()
             work()
             cuda.call("cudaEventRecord", self._events[self._queued % AHEAD], self._stream)
             self._queued += 1
+
+    def _check_open(self) -> None:
+        """Make it this thread's GPU; raise unless something can be queued on it."""
+        if self.ended is not None:
+            raise self.ended
+        self._engine.check_open()
+        cuda.use(self._engine.gpu)
 
     def _wait_for(self, number: int) -> None:
         """Until that work, of the last `AHEAD`, is done."""
@@ -330,18 +347,15 @@ class DeviceLoop:
         if self._queued:
             self._wait_for(self._queued - 1)
 
-    def _synchronize(self) -> None:
-        """Until the stream has nothing left of this loop, whatever interrupted it."""
-        with self._lock:
-            if self.ended is None:  # else who closed the engine has waited
-                cuda.call("cudaStreamSynchronize", self._stream)
-
-    def read(self, names: list[str], plan: Plan) -> dict[str, Array]:
-        """Copies of the loop's arrays, as the last step left them; float32 (B, C, H, W).
+    def read(self, names: list[str], run: int, plan: Plan) -> dict[str, Array]:
+        """Copies of the loop's arrays, as the last step of a run left them; float32 (B, C, H, W).
 
         Raises:
             NonFiniteError: the network has answered with NaN or infinity.
+            EngineError: it is another run's now.
         """
+        if run != self._runs:
+            raise EngineError("the loop on the GPU has gone on to another call")
         hosts: dict[str, Array] = {}
 
         def read() -> None:
@@ -355,19 +369,27 @@ class DeviceLoop:
 
     def _check(self, plan: Plan) -> None:
         """Raise NonFiniteError if a step that is done has seen an answer that is not finite."""
-        rows = self._buffers.of("bad", 0, shared=True).view(self._shape[:1], np.int32)
-        bad = np.flatnonzero(rows >= 0)
-        if len(bad):
-            raise not_finite(plan, int(rows[bad].min()), bad.tolist(), self._shape[0])
+        rows = self._memory("bad", 0).view(self._shape[:1], np.int32)
+        if (rows >= 0).any():
+            first = int(rows[rows >= 0].min())
+            raise not_finite(plan, first, np.flatnonzero(rows == first).tolist(), len(rows))
+
+    @property
+    def warm(self) -> bool:
+        """Whether all that a step needs is there, of every kind that it was asked for."""
+        return all(count in self._graphs for count in self._residents) and bool(self._residents)
 
     def fits(self, batch: int, guided: bool) -> bool:
         """Whether it is for batches of this size."""
         return self._shape[0] == batch and self.guided == guided
 
     def free(self) -> None:
-        """Free what it holds on the GPU, when nothing is queued."""
+        """Free what it holds on the GPU."""
         with contextlib.suppress(EngineLostError):  # nothing can be freed on a lost GPU
             cuda.use(self._engine.gpu)
+            with contextlib.suppress(ClosedError):  # closing has waited
+                self._engine.check_open()
+                cuda.call("cudaStreamSynchronize", self._stream)
             for graph in self._graphs.values():
                 if graph:
                     cuda.call("cudaGraphExecDestroy", graph)
@@ -384,7 +406,8 @@ class DeviceLoops:
     Args:
         manifest: what is known of the network.
         engine: what evaluates it.
-        lock: held while anything is queued on the engine's stream.
+        lock: held while anything is queued on the engine's stream; reentrant, since a generator
+            that nobody holds any more may be closed in the midst of anything.
     """
 
     def __init__(
@@ -398,7 +421,7 @@ class DeviceLoops:
         self._broken = ""
         self._idle: list[DeviceLoop] = []  # the last one used at the end
         self._lent: set[DeviceLoop] = set()
-        self._lending = threading.Lock()
+        self._lending = threading.RLock()
         self._ended: DdpmEdgeError | None = None
 
     def cannot(self) -> str:
@@ -417,43 +440,78 @@ class DeviceLoops:
                     log.warning("the loop runs on the host: %s", self._broken)
             return self._broken
 
-    @contextlib.contextmanager
-    def lent(self, batch: int, guided: bool) -> Iterator[DeviceLoop]:
-        """A loop for a batch of this size, as long as the context lasts."""
-        loop = self._take(batch, guided)
+    def is_warm(self, batch: int, guided: bool) -> bool:
+        """Whether a loop for such a batch has run before."""
+        with self._lending:
+            return any(loop.fits(batch, guided) and loop.warm for loop in self._idle)
+
+    def run(
+        self,
+        plan: Plan,
+        x: Array,
+        seed: int,
+        first: int,
+        labels: Labels = None,
+        guidance: Guidance | None = None,
+        measurement: Measurement | None = None,
+        ask: bool = True,
+    ) -> Iterator[DeviceState]:
+        """Run a plan from x, float32 (B, C, H, W), yielding after every row.
+
+        The other arguments are those of `sampling.sample_states`. Without `ask` it does all but to
+        evaluate the network: what the loop itself costs.
+
+        Raises:
+            NonFiniteError: an answer with NaN or infinity; seen up to two steps later.
+            EngineError: the GPU or the engine failed.
+            MemoryError: too little memory on the GPU.
+        """
+        guided = [guidance is not None and guidance.at(t) is not None for t in plan.t.tolist()]
+        asks = ask * len(x) * plan.evaluate * np.where(guided, 2, 1)
+        questions: list[int] = asks.tolist()
+        loop = self._take(plan, len(x), guidance is not None, set(questions))
         try:
-            yield loop
+            yield from loop.run(plan, x, seed, first, labels, guidance, measurement, questions)
         except EngineLostError as error:
             self._end(error)
             raise
         finally:
             self._give_back(loop)
 
-    def _take(self, batch: int, guided: bool) -> DeviceLoop:
+    def _take(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
         with self._lending:
             if self._ended is not None:
                 raise self._ended
-            for loop in reversed(self._idle):
-                if loop.fits(batch, guided):
-                    self._idle.remove(loop)
-                    break
-            else:
-                loop = DeviceLoop(
-                    self._manifest,
-                    self._engine,
-                    self._lock,
-                    cast(cuda.Kernels, self._kernels),
-                    batch,
-                    guided,
-                )
+            try:
+                loop = self._prepared(plan, batch, guided, questions)
+            except MemoryError:
+                self._keep_idle(0)
+                loop = self._prepared(plan, batch, guided, questions)
             self._lent.add(loop)
+            self._keep_idle(KEPT - 1)
             return loop
+
+    def _prepared(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
+        for loop in reversed(self._idle):
+            if loop.fits(batch, guided):
+                self._idle.remove(loop)
+                break
+        else:
+            kernels = cast(cuda.Kernels, self._kernels)
+            loop = DeviceLoop(self._manifest, self._engine, self._lock, kernels, batch, guided)
+        try:
+            loop.prepare(plan, questions)
+        except BaseException:
+            self._idle.append(loop)
+            raise
+        return loop
 
     def _give_back(self, loop: DeviceLoop) -> None:
         with self._lending:
             self._lent.remove(loop)
             self._idle.append(loop)
-            self._free()
+            if self._ended is not None:
+                self._free()
 
     def close(self) -> None:
         """Free those that are not at work, and the others when they are given back."""
@@ -461,22 +519,26 @@ class DeviceLoops:
         with self._lending:
             self._free()
 
-    def _free(self) -> None:
-        """Free the loops that are too many, and all when no more calls may come."""
-        with self._lock:
-            while self._idle and (self._ended or len(self._idle) > KEPT):
-                self._idle.pop(0).free()
-            if self._ended and not self._lent and self._kernels is not None:
-                kernels, self._kernels = self._kernels, None
-                with contextlib.suppress(EngineLostError):
-                    kernels.free()
-
     def _end(self, error: DdpmEdgeError) -> None:
         """Let every further use raise this."""
         with self._lending, self._lock:
             self._ended = error
             for loop in self._lent:
                 loop.ended = error
+
+    def _free(self) -> None:
+        """Free all that is not at work, when no more calls may come."""
+        self._keep_idle(0)
+        if not self._lent and self._kernels is not None:
+            kernels, self._kernels = self._kernels, None
+            with self._lock, contextlib.suppress(EngineLostError):
+                kernels.free()
+
+    def _keep_idle(self, count: int) -> None:
+        """Free the loops that were used the longest ago, but for so many."""
+        with self._lock:
+            while len(self._idle) > count:
+                self._idle.pop(0).free()
 
 
 def _table(

@@ -23,6 +23,7 @@ from ddpm_edge import checks
 from ddpm_edge.errors import CacheWarning, ConfigError, DdpmEdgeError, warn
 from ddpm_edge.plan import State
 from ddpm_edge.runtimes import Engine, cuda
+from ddpm_edge.runtimes.base import gpu_engine
 from ddpm_edge.runtimes.measured import Measured
 
 FILE = "latency.json"
@@ -166,8 +167,8 @@ def engine_name(engine: Engine, threads: int | None, loop: str = "auto") -> str:
     if engine.device.startswith("cuda"):
         with contextlib.suppress(DdpmEdgeError, MemoryError):  # an engine may do without
             words.append(cuda.gpu(engine.device).name)
-        if loop == "host":
-            words.append("loop on the host")
+        if loop != "host" and gpu_engine(engine) is not None:
+            words.append("loop on the device")
     if threads is not None:
         words.append(f"{threads} threads")
     return ", ".join(words)

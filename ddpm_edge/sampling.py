@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -58,7 +59,7 @@ class Network:
             )
         self.engine, self.manifest = engine, manifest
         self._one_at_a_time: contextlib.AbstractContextManager[object] = (
-            contextlib.nullcontext() if engine.concurrent else threading.Lock()
+            contextlib.nullcontext() if engine.concurrent else threading.RLock()
         )
         on_gpu = None if loop == "host" else gpu_engine(engine)
         if loop == "device" and on_gpu is None:
@@ -71,7 +72,9 @@ class Network:
         if on_gpu is not None:
             self._loops = device_loop.DeviceLoops(manifest, on_gpu, self._one_at_a_time)
 
-    def loops_for(self, plan: Plan, measurement: Measurement | None) -> DeviceLoops | None:
+    def loops_for(
+        self, plan: Plan, measurement: Measurement | None, batch: int, guided: bool
+    ) -> DeviceLoops | None:
         """The loops on the device, if they run this; None = the host's does.
 
         Raises:
@@ -80,6 +83,9 @@ class Network:
         if self._loops is None or not len(plan):
             return None
         reason = device_loop.cannot(plan, measurement) or self._loops.cannot()
+        asked, most = batch * (2 if guided else 1), self.engine.max_batch
+        if self.loop == "auto" and most is not None and asked > most:  # the host may ask about less
+            reason = f"it would ask about {asked} at once, and the engine takes {most}"
         if not reason:
             return self._loops
         if self.loop == "device":
@@ -165,15 +171,14 @@ def sample_states(
     def ask(x: Array, t: int) -> Array:
         return network(x, t, labels, None if guidance is None else guidance.at(t))
 
-    loops = network.loops_for(plan, measurement)
     with enough_memory(len(samples)):
+        loops = network.loops_for(plan, measurement, len(samples), guidance is not None)
         if loops is not None:
             x = start
             if x is None:
                 shape = len(samples), *network.manifest.sample_shape
                 x = noise.Draws(seed, samples.start, shape).prior()
-            with loops.lent(len(samples), guidance is not None) as loop:
-                yield from loop.run(plan, x, seed, samples.start, labels, guidance, measurement)
+            yield from loops.run(plan, x, seed, samples.start, labels, guidance, measurement)
             return
         draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
         x = draws.prior() if start is None else np.copy(start)
@@ -181,17 +186,25 @@ def sample_states(
         yield from run_plan(plan, x, ask, draw, network.manifest.prediction, impose)
 
 
+def warm_up(network: Network, plan: Plan, samples: int, labels: Labels) -> None:
+    """Do what makes the first steps of a call slower than the others."""
+    if network.loops_for(plan, None, samples, guided=False) is None:
+        network(np.zeros((samples, *network.manifest.sample_shape), np.float32), 1, labels)
+        return
+    for state in itertools.islice(sample_states(network, plan, 0, range(samples), labels), 2):
+        state.wait()  # the second step is the first by its graph
+
+
 def seconds_without_network(network: Network, plan: Plan, batch: int) -> float:
     """How long a plan takes that runs on the device, but for the network: what the loop costs."""
-    loops = network.loops_for(plan, None)
+    loops = network.loops_for(plan, None, batch, guided=False)
     if loops is None:
         raise ConfigError(f"plan {plan.name} runs on the host")
     x = np.zeros((batch, *network.manifest.sample_shape), np.float32)
-    with loops.lent(batch, False) as loop:
-        before = time.perf_counter()
-        for _ in loop.run(plan, x, 0, 0, None, None, None, ask=False):
-            pass
-        return time.perf_counter() - before
+    before = time.perf_counter()
+    for _ in loops.run(plan, x, 0, 0, ask=False):
+        pass
+    return time.perf_counter() - before
 
 
 @contextlib.contextmanager

@@ -54,9 +54,11 @@ __device__ static float normal(u64 seed, u64 stream, u64 sample, u64 row, u64 va
 
 // Before the network: go to the next row. One thread.
 extern "C" __global__ void begin(const Run *run) {
-    int row = *run->row + 1;
+    const int row = *run->row + 1;
+    const long long t = run->table[row].t, questions = run->questions;
+    long long *out = run->t;
     *run->row = row;
-    for (long long i = 0; i < run->questions; i++) run->t[i] = run->table[row].t;
+    for (long long i = 0; i < questions; i++) out[i] = t;
 }
 
 // After it: x, m and x0 of the row. One thread a value of a state.

@@ -98,6 +98,9 @@ def _build(
         raise BuildError(f"{flavour} cannot parse the model: {_parser_errors(parser)}")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
+    own_memory = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if own_memory is not None:  # or TensorRT for RTX refuses to be captured in a CUDA graph
+        config.set_flag(own_memory)
     config.builder_optimization_level = optimization_level
     if workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)

@@ -103,6 +103,10 @@ class GpuEngine(Engine, Protocol):
     gpu: GPU
     stream: int | None
 
+    def check_open(self) -> None:
+        """Raise what every call of it would: ClosedError, or that the GPU is lost."""
+        ...
+
     def resident(self, batch: int, addresses: Mapping[str, int]) -> Resident:
         """An evaluation of a batch whose inputs and outputs are at these addresses of the GPU.
 

@@ -290,11 +290,11 @@ def capture(queue: Callable[[], object], stream: int) -> Any:
     try:
         call("cudaStreamBeginCapture", stream, mode)
         queue()
+        graph = call("cudaStreamEndCapture", stream)
     except BaseException:
-        with contextlib.suppress(EngineError):  # it is broken, and says so; the stream is free
+        with contextlib.suppress(EngineError):  # what was captured is broken; the stream is free
             call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
         raise
-    graph = call("cudaStreamEndCapture", stream)
     try:
         return call("cudaGraphInstantiate", graph, 0)
     finally:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,6 @@ LOST = (
 )  # fmt: skip
 VNNI = {"avx512_vnni", "avx_vnni"}  # sums of int8 products in int32
 CUDA = "CUDAExecutionProvider"
-DO_NOT_WAIT = "disable_synchronize_execution_providers", "1"
-NO_GRAPH = "gpu_graph_id", "-1"
 SLOW_SECONDS = 0.1  # a call that takes longer must itself be interruptible
 
 
@@ -67,7 +64,6 @@ class OnnxRuntimeEngine:
     max_batch = None
     gpu: cuda.GPU
     stream: int | None = None
-    _graphs: Iterator[int] | None = None  # numbers of CUDA graphs, where there are any
 
     def __init__(
         self,
@@ -117,8 +113,6 @@ class OnnxRuntimeEngine:
         self._session: Any = session
         self._bound = Bound(session, self.outputs, number) if self.device != "cpu" else None
         self._options = _run_options()
-        if self._graphs is not None:
-            self._options.add_run_config_entry(*NO_GRAPH)
         self._seconds_a_sample = math.inf  # of the last call: nobody knows before the first
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -139,28 +133,28 @@ class OnnxRuntimeEngine:
         self._seconds_a_sample = (time.perf_counter() - start) / batch
         return dict(zip(names, answers, strict=True))
 
-    def resident(self, batch: int, addresses: Mapping[str, int]) -> Replayed:
-        """An evaluation that ONNX Runtime captures in a CUDA graph itself (see `GpuEngine`)."""
-        if self._session is None:
-            raise ClosedError("the engine was closed; open it again")
-        shapes = {
-            name: (spec, (batch, *(size or 1 for size in spec.shape[1:])))
-            for name, spec in (self.inputs | self.outputs).items()
-        }
+    def resident(self, batch: int, addresses: Mapping[str, int]) -> OnDevice:
+        """An evaluation that is not to be captured (see `GpuEngine`)."""
+        self.check_open()
         binding = self._session.io_binding()
         kind, _, number = self.device.partition(":")
         for name, address in addresses.items():
-            spec, shape = shapes[name]
+            spec = (self.inputs | self.outputs)[name]
+            shape = (batch, *(size or 1 for size in spec.shape[1:]))
             bind = binding.bind_input if name in self.inputs else binding.bind_output
             bind(name, kind, int(number or 0), spec.dtype.type, shape, address)
-        return Replayed(self, binding, None if self._graphs is None else next(self._graphs))
+        return OnDevice(self, binding)
 
-    def run_bound(self, binding: Any, options: Any) -> None:
-        """Evaluate what a binding holds, with these options of a run."""
-        session = self._session
-        if session is None:
+    def check_open(self) -> None:
+        """Raise ClosedError if it was closed."""
+        if self._session is None:
             raise ClosedError("the engine was closed; open it again")
-        _explained(lambda: session.run_with_iobinding(binding, options))
+
+    def run_bound(self, binding: Any) -> None:
+        """Evaluate what a binding holds."""
+        self.check_open()
+        session = self._session
+        _explained(lambda: session.run_with_iobinding(binding, self._options))
 
     def close(self) -> None:
         """Free the session (see `Engine`)."""
@@ -173,8 +167,14 @@ class OnnxRuntimeEngine:
                 cuda.call("cudaStreamSynchronize", self.stream)  # what others have queued
                 cuda.call("cudaStreamDestroy", self.stream)
 
+    def __enter__(self) -> OnnxRuntimeEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def _on_gpu(self, source: str | bytes, options: Any, number: int) -> Any:
-        """A session on a stream of ours, with CUDA graphs if the model allows; None = cannot be."""
+        """A session on a stream of ours; None = it cannot be."""
         _load_cuda_libraries()
         try:
             self.gpu = cuda.gpu(f"cuda:{number}")
@@ -182,64 +182,33 @@ class OnnxRuntimeEngine:
         except (DdpmEdgeError, MemoryError) as error:
             log.info("ONNX Runtime's arrays do not stay on the GPU: %s", error)
             return None
-        for graphs in (True, False):
-            own = _cuda_options(number) | {"user_compute_stream": str(stream)}
-            if graphs:
-                own["enable_cuda_graph"] = "1"
-            try:
-                providers = [(CUDA, own), "CPUExecutionProvider"]
-                session = _open(source, options, providers, by_name=True)
-            except EngineError as error:  # such as an operator that runs on the CPU
-                log.info("no CUDA graphs: %s", error)
-                continue
+        own = _cuda_options(number) | {"user_compute_stream": str(stream)}
+        with contextlib.suppress(EngineError):  # which is met again without the stream
+            session = _open(source, options, [(CUDA, own), "CPUExecutionProvider"], by_name=True)
             if session.get_providers()[0] == CUDA:
-                self.stream, self._graphs = stream, itertools.count(1) if graphs else None
+                self.stream = stream
                 return session
         cuda.call("cudaStreamDestroy", stream)
         return None
 
-    def __enter__(self) -> OnnxRuntimeEngine:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-class Replayed:
+class OnDevice:
     """An evaluation whose arrays stay on the GPU (see `Resident`).
 
-    ONNX Runtime captures its third run, each thread's, and replays it from then on.
-
-    Args:
-        engine: what evaluates.
-        binding: where the arrays are.
-        graph: a number that no other evaluation of the session has; None = no CUDA graph.
+    No CUDA graph holds it, neither ours nor ONNX Runtime's: it copies small arrays (Concat's, of
+    channels that differ) from memory of the host that it uses again after a run, so that a replay
+    computes with what is there by then (microsoft/onnxruntime#32121). And it waits for the end, as
+    it frees such memory only then.
     """
 
-    capturable = False  # it copies small arrays from memory that it frees after a run
+    capturable = False
 
-    def __init__(self, engine: OnnxRuntimeEngine, binding: Any, graph: int | None) -> None:
+    def __init__(self, engine: OnnxRuntimeEngine, binding: Any) -> None:
         self._engine, self._binding = engine, binding
-        self._plain = _run_options()
-        self._options: Any = None
-        self._plain.add_run_config_entry(*DO_NOT_WAIT)
-        if graph is not None:
-            self._options = _run_options()
-            self._options.add_run_config_entry(*DO_NOT_WAIT)
-            self._options.add_run_config_entry("gpu_graph_id", str(graph))
-            self._plain.add_run_config_entry(*NO_GRAPH)
 
     def __call__(self) -> None:
-        """Queue it."""
-        if self._options is not None:
-            try:
-                return self._engine.run_bound(self._binding, self._options)
-            except EngineLostError:
-                raise
-            except EngineError as error:  # what another thread does on the GPU ends a capture
-                log.warning("ONNX Runtime goes on without a CUDA graph: %s", error)
-                self._options = None
-        return self._engine.run_bound(self._binding, self._plain)
+        """Evaluate it."""
+        self._engine.run_bound(self._binding)
 
 
 class Bound:

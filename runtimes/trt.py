@@ -26,7 +26,7 @@ from ddpm_edge.errors import (
 )
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import TensorSpec, check_inputs
-from ddpm_edge.runtimes.cuda import GPU, Buffers
+from ddpm_edge.runtimes.cuda import GPU, Buffers, Memory
 from ddpm_edge.runtimes.engine_cache import EngineCache, EngineKey, cache_directory
 from ddpm_edge.runtimes.flavour import Flavour, flavour_for
 
@@ -108,9 +108,15 @@ class TensorRTEngine:
             if OUT_OF_MEMORY.search(said):
                 raise _no_memory(flavour, gpu, said)
             raise EngineError(f"{flavour} on {gpu} refuses the engine: {said}")
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise _no_memory(flavour, gpu, self._logger.said())
+        try:
+            self._scratch = Memory(max(1, int(self._engine.device_memory_size_v2)))
+        except MemoryError as error:
+            raise _no_memory(flavour, gpu, str(error)) from error
+        try:
+            self._context = self._new_context()
+        except BaseException:
+            self._scratch.free()
+            raise
         self.inputs, self.outputs = _specs(trt, self._engine)
         shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
         self.min_batch, _, self.max_batch = (int(shape[0]) for shape in shapes)
@@ -134,13 +140,19 @@ class TensorRTEngine:
         """An evaluation in a context of its own (see `GpuEngine`): a graph takes a whole one."""
         self._check(batch)
         cuda.use(self.gpu)
-        context = _final_context(self._flavour.trt, self._engine)
-        if context is None:
-            raise _no_memory(self._flavour, self.gpu, self._logger.said())
+        context = self._new_context()
         for name, address in addresses.items():
             shape = (batch, *self.inputs[name].shape[1:]) if name in self.inputs else None
             self._bind(context, name, address, shape)
         return Enqueued(self, context)
+
+    def _new_context(self) -> Any:
+        """A context; one stream runs all of them in turn, so that they share their memory."""
+        context = _context_without_memory(self._flavour.trt, self._engine)
+        if context is None:
+            raise _no_memory(self._flavour, self.gpu, self._logger.said())
+        context.set_device_memory(self._scratch.address, self._scratch.size)
+        return context
 
     def check_open(self) -> None:
         """Raise unless it can evaluate anything."""
@@ -200,6 +212,7 @@ class TensorRTEngine:
                 cuda.use(self.gpu)
                 cuda.call("cudaStreamSynchronize", self.stream)  # what others have queued
                 self._buffers.free()
+                self._scratch.free()
                 cuda.call("cudaStreamDestroy", self.stream)
 
     def __enter__(self) -> TensorRTEngine:
@@ -209,17 +222,19 @@ class TensorRTEngine:
         self.close()
 
 
-def _final_context(trt: Any, engine: Any) -> Any:
-    """A context whose kernels do not change after its first call; None = there is no memory.
+def _context_without_memory(trt: Any, engine: Any) -> Any:
+    """A context whose kernels do not change after its first call; None = it cannot be.
 
     TensorRT for RTX would begin with others and compile those for the batch in the background: a
     graph that was captured meanwhile would keep the slow ones.
     """
+    by_caller = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
     new_settings = getattr(engine, "create_runtime_config", None)
     if strategies is None or new_settings is None:
-        return engine.create_execution_context()
+        return engine.create_execution_context(by_caller)
     settings = new_settings()
+    settings.set_execution_context_allocation_strategy(by_caller)
     settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
     return engine.create_execution_context(settings)
 
@@ -234,10 +249,10 @@ def _no_memory(flavour: Flavour, gpu: GPU, said: str) -> OutOfMemoryError:
 class Enqueued:
     """An evaluation whose arrays stay on the GPU (see `Resident`)."""
 
-    capturable = True
-
     def __init__(self, engine: TensorRTEngine, context: Any) -> None:
         self._engine, self._context = engine, context
+        asked = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX knows
+        self.capturable = asked is None or bool(asked(engine.stream))
 
     def __call__(self) -> None:
         """Queue it."""

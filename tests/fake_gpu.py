@@ -67,6 +67,7 @@ class FakeCuda(ModuleType):
         self.numbers = itertools.count(1000)
         self.calls: list[str] = []
         self.working = threading.RLock()
+        self.chosen: set[int] = set()  # threads that have chosen a GPU
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -95,6 +96,7 @@ class FakeCuda(ModuleType):
         )  # fmt: skip
 
     def cudaSetDevice(self, number: int) -> Any:
+        self.chosen.add(threading.get_ident())
         return None if number < len(self.names) else CudaError.cudaErrorInvalidValue
 
     def cudaGetErrorString(self, error: CudaError) -> Any:
@@ -129,8 +131,9 @@ class FakeCuda(ModuleType):
         assert not self.streams.pop(stream)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
-        assert stream not in self.captured
-        self.work(stream, len(self.streams[stream]))
+        if stream in self.captured:
+            return CudaError.cudaErrorStreamCaptureUnsupported
+        return self.work(stream, len(self.streams[stream]))
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> Any:
         there, here = ("device", "host") if kind == 1 else ("host", "device")
@@ -157,6 +160,7 @@ class FakeCuda(ModuleType):
         recorded = self.events[event]
         assert recorded is not None
         stream, before = recorded
+        assert event in self.events
         if stream in self.streams:  # a stream is destroyed when its work is done
             self.work(stream, before - self.done[stream])
 
@@ -215,6 +219,7 @@ class FakeCuda(ModuleType):
     # What is behind it
 
     def queue(self, stream: int, job: Callable[[], None]) -> None:
+        assert threading.get_ident() in self.chosen, "this thread has not chosen its GPU"
         self.captured.get(stream, self.streams[stream]).append(job)
 
     def work(self, stream: int, jobs: int) -> None:
@@ -273,13 +278,16 @@ class GpuToy(ToyEngine):
             np.copyto(arrays["prediction"], answer["prediction"])
 
         def queue() -> None:
-            if self.closed:
-                raise ClosedError("the engine was closed; open it again")
+            self.check_open()
             self.questions.append(batch)
             self.cuda.queue(self.stream, run)
 
         queue.capturable = self.capturable  # type: ignore[attr-defined]
         return queue
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the engine was closed; open it again")
 
     def close(self) -> None:
         if not self.closed:
@@ -305,6 +313,7 @@ class FakeTensorRT(ModuleType):
     TensorIOMode = SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
     BuilderFlag = SimpleNamespace(TF32="TF32")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
     MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")
 
     def __init__(self, cuda: FakeCuda, name: str = "tensorrt", version: str = "10.3.0") -> None:
@@ -405,6 +414,7 @@ class FakeEngine:
         self.specs = self.ort.inputs | self.ort.outputs
         self.num_io_tensors = len(self.specs)
         self.settings: list[Any] = []  # of each context
+        self.device_memory_size_v2 = 4096
 
     def get_tensor_name(self, i: int) -> str:
         return list(self.specs)[i]
@@ -421,7 +431,7 @@ class FakeEngine:
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
         return [(size, *self.get_tensor_shape(name)[1:]) for size in self.profile]
 
-    def create_execution_context(self, settings: Any = None) -> Any:
+    def create_execution_context(self, settings: Any) -> Any:
         self.settings.append(settings)
         return None if self.trt.context_fails else FakeContext(self)
 
@@ -431,6 +441,11 @@ class FakeContext:
         self.engine = engine
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        self.engine.trt.cuda.check("device", address, size)
+        self.memory = address
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.profile
@@ -443,6 +458,7 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        self.engine.trt.cuda.check("device", self.memory, 1)
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         self.engine.trt.cuda.queue(stream, lambda: self._run(shapes, addresses))
         return True

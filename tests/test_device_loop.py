@@ -7,13 +7,14 @@ for bit; a draw may be rounded otherwise, as another library computes the logari
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import fake_gpu
@@ -381,17 +382,18 @@ def test_a_capture_that_fails(
 
 
 def test_nothing_is_copied_between_two_steps(load: Load, gpu: FakeCuda) -> None:
-    generator, copies = load("device"), {}
+    generator, copies = load("device"), []
     for steps in (2, 30):
         gpu.calls.clear()
         generator.sample(2, seed=0, sampler="ddim", eta=1.0, steps=steps)
-        copies[steps] = gpu.calls.count("cudaMemcpyAsync")
-    assert copies[2] == copies[30] == (0 if gpu.integrated else copies[2])
+        copies.append(gpu.calls.count("cudaMemcpyAsync"))
+    assert 0 < copies[0] == copies[1] < 12
     gpu.calls.clear()
     for step in generator.stream(2, seed=0, steps=30):
         assert step.x.shape == (2, *SHAPE)
-    # the state after a step, and the x0 that it saw
-    assert gpu.calls.count("cudaMemcpyAsync") - copies[2] == (0 if gpu.integrated else 2 * 29)
+    # The state after a step, and the x0 that it saw, which a Jetson's CPU reads where it is.
+    each = 1 if gpu.integrated else 2
+    assert gpu.calls.count("cudaMemcpyAsync") - copies[0] == each * 29
 
 
 @pytest.mark.parametrize("loop", ["device", "host"])
@@ -403,11 +405,9 @@ def test_a_callback_pays_for_what_it_looks_at(load: Load, gpu: FakeCuda, loop: s
         gpu.calls.clear()
         generator.sample(2, seed=0, steps=9, callback=callback)
         copies.append(gpu.calls.count("cudaMemcpyAsync"))
-    if loop == "device" and not gpu.integrated:
-        none, one, two = copies
-        assert (one - none, two - none) == (8, 16)  # the last step's are copied in any case
-    else:
-        assert copies == [0, 0, 0]
+    none, one, two = copies
+    x0, x = {"host": (0, 0), "device": (0 if gpu.integrated else 8, 8)}[loop]
+    assert (one - none, two - none) == (x0, x0 + x)  # the last step's are copied in any case
     for step, (x, x0) in zip(kept, expected, strict=True):  # though it looks at them later
         np.testing.assert_array_equal(step.x, x)
         np.testing.assert_array_equal(step.x0, x0)
@@ -477,7 +477,13 @@ def test_a_callback_that_looks_at_nothing(load: Load, gpu: FakeCuda) -> None:
 
 def test_a_deadline_waits_for_the_steps(load: Load, gpu: FakeCuda) -> None:
     generator = load("device")
-    assert not generator.run(1, seed=0, steps=5, deadline_ms=60_000).stopped
+    generator.sample(1, seed=0, steps=5)
+    waits = []
+    for deadline_ms in (None, 60_000):
+        gpu.calls.clear()
+        assert not generator.run(1, seed=0, steps=5, deadline_ms=deadline_ms).stopped
+        waits.append(gpu.calls.count("cudaEventSynchronize"))
+    assert waits[1] - waits[0] == 5  # for each step, not for the one before it alone
     result = generator.run(1, seed=0, steps=5, deadline_ms=1e-3)
     assert result.stopped
     np.testing.assert_array_equal(
@@ -597,16 +603,35 @@ def test_a_lost_gpu(load: Load, gpu: FakeCuda, call: str) -> None:
         gpu.fail.clear()
 
 
-@pytest.mark.parametrize("call", ["cudaMalloc", "cudaHostAlloc"])
-def test_too_little_memory(load: Load, gpu: FakeCuda, call: str) -> None:
+def test_too_little_memory(load: Load, gpu: FakeCuda) -> None:
     generator = load("device")
+    gpu.memory = 40_000  # enough for one sample: x and x0, answers and those of before
     expected = generator.sample(1, seed=0, steps=3)
-    gpu.fail[call] = CudaError.cudaErrorMemoryAllocation
     with pytest.raises(OutOfMemoryError, match="not enough memory for 4 samples"):
         generator.sample(4, seed=0, steps=3)
     np.testing.assert_array_equal(generator.sample(1, seed=0, steps=3), expected)
+    gpu.fail["cudaHostAlloc"] = CudaError.cudaErrorMemoryAllocation
+    with pytest.raises(OutOfMemoryError):
+        generator.sample(2, batch=1, first=3, label=1, guidance=2.0, seed=0, steps=3)
     gpu.fail.clear()
-    assert len(generator.sample(4, seed=0, steps=3)) == 4
+    np.testing.assert_array_equal(generator.sample(1, seed=0, steps=3), expected)
+
+
+def test_loops_that_wait_make_room(load: Load, gpu: FakeCuda) -> None:
+    if gpu.integrated:
+        pytest.skip("the host's few bytes are of the same memory, and nothing makes room for them")
+    generator = load("device")
+    gpu.memory = 90_000
+    for n in (1, 2, 1, 3, 2, 4):  # all at once are too many
+        assert len(generator.sample(n, seed=0, steps=2)) == n
+
+
+def test_a_batch_of_which_some_are_not_guided(load: Load, toy: GpuToy) -> None:
+    """The host asks about 5, the device about 8."""
+    toy.max_batch = 6  # type: ignore[assignment]
+    call: dict[str, Any] = {"label": 1, "guidance": [1.0, 1.0, 1.0, 2.0], "steps": 3, "batch": 4}
+    assert load().run(4, seed=0, **call).loop == "host"
+    assert load().run(3, seed=0, label=1, guidance=2.0, steps=3, batch=3).loop == "device"
 
 
 def test_a_gpu_that_refuses_the_kernels(
@@ -631,9 +656,70 @@ def test_a_batch_that_the_engine_refuses(load: Load, toy: GpuToy) -> None:
         generator.sample(3, seed=0, steps=2)
 
 
-def test_latency_waits_for_each_step(load: Load, gpu: FakeCuda, tmp_path: Path) -> None:
-    assert load("device").latency(2).step_ms > 0
-    assert not any(gpu.streams.values())
+def test_latency_waits_for_each_step(load: Load, gpu: FakeCuda) -> None:
+    generator = load("device")
+    usual, seconds = gpu.work, 2e-3
+
+    def slow(stream: int, jobs: int) -> None:
+        time.sleep(seconds * (jobs > 0))  # the GPU is slow, and calls return at once
+        usual(stream, jobs)
+
+    gpu.work = slow  # type: ignore[method-assign]
+    assert generator.latency(2).step_ms >= seconds * 1e3
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_is_warm_has_its_graph(load: Load, gpu: FakeCuda, guided: bool) -> None:
+    generator = load("device")
+    if guided:  # a budget is kept by quick steps, and latencies are measured without guidance
+        call: dict[str, Any] = {"label": 1, "guidance": 2.0}
+        generator.run(2, budget_ms=1e6, seed=0, **call)
+    else:
+        generator.warmup(2)
+        call = {}
+    before = gpu.calls.count("cudaStreamBeginCapture")
+    generator.sample(2, seed=0, steps=6, **call)
+    assert gpu.calls.count("cudaStreamBeginCapture") == before > 0
+
+
+def test_a_generator_that_is_collected_in_the_midst_of_a_call(load: Load, gpu: FakeCuda) -> None:
+    """By the thread that holds the stream's lock, when Python happens to look for cycles."""
+    generator = load("device")
+    expected = generator.sample(2, seed=0, steps=6)
+
+    class Widget:
+        def __init__(self) -> None:
+            self.me, self.stream = self, generator.stream(2, seed=1, steps=9)
+            next(self.stream)
+
+    usual = FakeCuda.cudaGraphLaunch
+
+    def collecting(executable: int, stream: int) -> Any:
+        gc.collect()
+        return usual(gpu, executable, stream)
+
+    gc.disable()
+    try:
+        Widget()
+        gpu.cudaGraphLaunch = collecting  # type: ignore[method-assign]
+        with ThreadPoolExecutor(1) as pool:
+            got = pool.submit(generator.sample, 2, seed=0, steps=6).result(20)
+    finally:
+        gc.enable()
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_step_of_another_run_is_not_read(load: Load, toy: GpuToy, gpu: FakeCuda) -> None:
+    """Though copying it back failed when its own ended."""
+    network = Network(toy, Bundle.open().manifest)
+    states = sample_states(network, samplers.ddim(Schedule.linear(), 5), 0, range(2))
+    state = next(states)
+    gpu.fail["cudaEventRecord"] = CudaError.cudaErrorInvalidValue
+    states.close()  # type: ignore[attr-defined]
+    gpu.fail.clear()
+    list(sample_states(network, samplers.ddim(Schedule.linear(), 5), 1, range(2)))
+    with pytest.raises(EngineError, match="gone on to another call"):
+        state.x0()
 
 
 def test_copies_go_where_they_should(gpu: FakeCuda) -> None:

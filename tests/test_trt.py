@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_gpu
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -120,15 +121,32 @@ def test_rtx_compiles_for_the_batch_before_a_graph_is_captured(
 ) -> None:
     """TensorRT for RTX alone has such a strategy, and begins with slower kernels without it."""
     engine = TensorRTEngine(engine_bytes(gpu), flavour_for(cuda.gpu()), cuda.gpu())
-    engine.resident(1, {})
+    assert engine.resident(1, {}).capturable
     strategies = SimpleNamespace(EAGER="eager")
     monkeypatch.setattr(gpu, "DynamicShapesKernelSpecializationStrategy", strategies, raising=False)
     inner = engine._engine
-    inner.create_runtime_config = SimpleNamespace
+    inner.create_runtime_config = lambda: SimpleNamespace(
+        set_execution_context_allocation_strategy=strategies_set.append
+    )
+    strategies_set: list[str] = []
     engine.resident(1, {})
-    assert inner.settings[:2] == [None, None]
+    assert inner.settings[:2] == ["USER_MANAGED"] * 2
     assert inner.settings[2].dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert strategies_set == ["USER_MANAGED"]
     engine.close()
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_rtx_says_whether_a_graph_may_hold_it(
+    gpu: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, capturable: bool
+) -> None:
+    monkeypatch.setattr(
+        fake_gpu.FakeContext, "is_stream_capturable", lambda *_: capturable, raising=False
+    )
+    build()
+    with Generator.load(runtime="tensorrt") as generator:
+        generator.sample(1, steps=4)
+    assert ("cudaGraphLaunch" in gpu.cuda.calls) == capturable
 
 
 def test_every_thread_chooses_the_device(generator: Generator, gpu: FakeTensorRT) -> None:
@@ -172,7 +190,7 @@ def test_a_gpu_that_is_found_lost_at_the_end(generator: Generator, gpu: FakeTens
 
 def test_too_little_memory(generator: Generator, gpu: FakeTensorRT) -> None:
     generator.sample(1, steps=1)
-    gpu.cuda.memory = 20_000
+    gpu.cuda.memory = 30_000
     with pytest.raises(OutOfMemoryError, match=r"8 samples at once .*cudaErrorMemoryAllocation"):
         generator.sample(8, steps=1, batch=8)
     assert len(generator.sample(1, steps=1)) == 1

@@ -36,8 +36,9 @@ WHEELS = {
 }
 CLASSES = (
     "Builder", "BuilderFlag", "ComputeCapability", "DataType", "Dims", "EngineCapability",
-    "ErrorCode", "ErrorCodeTRT", "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine",
-    "IErrorRecorder", "IExecutionContext", "IHostMemory", "ILogger", "ILogger.Severity",
+    "ErrorCode", "ErrorCodeTRT", "ExecutionContextAllocationStrategy",
+    "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "IErrorRecorder",
+    "IExecutionContext", "IHostMemory", "ILogger", "ILogger.Severity",
     "INetworkDefinition", "IOptimizationProfile", "IProgressMonitor", "IRuntimeConfig",
     "ISerializationConfig", "ITensor", "ITimingCache", "Logger", "Logger.Severity",
     "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError",
