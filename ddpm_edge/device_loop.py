@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any, ClassVar, cast
@@ -406,8 +405,8 @@ class DeviceLoops:
     Args:
         manifest: what is known of the network.
         engine: what evaluates it.
-        lock: held while anything is queued on the engine's stream; reentrant, since a generator
-            that nobody holds any more may be closed in the midst of anything.
+        lock: of the engine's stream, and of what is here; reentrant, since a generator that nobody
+            holds any more may be closed in the midst of anything.
     """
 
     def __init__(
@@ -421,12 +420,11 @@ class DeviceLoops:
         self._broken = ""
         self._idle: list[DeviceLoop] = []  # the last one used at the end
         self._lent: set[DeviceLoop] = set()
-        self._lending = threading.RLock()
         self._ended: DdpmEdgeError | None = None
 
     def cannot(self) -> str:
         """Why no loop runs on this GPU; "" = they do."""
-        with self._lending, self._lock:
+        with self._lock:
             if self._kernels is None and not self._broken and self._ended is None:
                 try:
                     ptx = resources.files("ddpm_edge").joinpath("step.ptx").read_bytes()
@@ -442,7 +440,7 @@ class DeviceLoops:
 
     def is_warm(self, batch: int, guided: bool) -> bool:
         """Whether a loop for such a batch has run before."""
-        with self._lending:
+        with self._lock:
             return any(loop.fits(batch, guided) and loop.warm for loop in self._idle)
 
     def run(
@@ -479,7 +477,7 @@ class DeviceLoops:
             self._give_back(loop)
 
     def _take(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
-        with self._lending:
+        with self._lock:
             if self._ended is not None:
                 raise self._ended
             try:
@@ -507,7 +505,7 @@ class DeviceLoops:
         return loop
 
     def _give_back(self, loop: DeviceLoop) -> None:
-        with self._lending:
+        with self._lock:
             self._lent.remove(loop)
             self._idle.append(loop)
             if self._ended is not None:
@@ -516,12 +514,12 @@ class DeviceLoops:
     def close(self) -> None:
         """Free those that are not at work, and the others when they are given back."""
         self._end(ClosedError("the engine was closed; open it again"))
-        with self._lending:
+        with self._lock:
             self._free()
 
     def _end(self, error: DdpmEdgeError) -> None:
         """Let every further use raise this."""
-        with self._lending, self._lock:
+        with self._lock:
             self._ended = error
             for loop in self._lent:
                 loop.ended = error
@@ -531,14 +529,13 @@ class DeviceLoops:
         self._keep_idle(0)
         if not self._lent and self._kernels is not None:
             kernels, self._kernels = self._kernels, None
-            with self._lock, contextlib.suppress(EngineLostError):
+            with contextlib.suppress(EngineLostError):
                 kernels.free()
 
     def _keep_idle(self, count: int) -> None:
         """Free the loops that were used the longest ago, but for so many."""
-        with self._lock:
-            while len(self._idle) > count:
-                self._idle.pop(0).free()
+        while len(self._idle) > count:
+            self._idle.pop(0).free()
 
 
 def _table(

@@ -92,7 +92,7 @@ class Resident(Protocol):
 
 
 class GpuEngine(Engine, Protocol):
-    """An engine that can also evaluate arrays which stay on the GPU.
+    """An engine that can also evaluate arrays which stay on the GPU; its calls may not overlap.
 
     Attributes:
         gpu: where.
