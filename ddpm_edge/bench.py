@@ -104,7 +104,6 @@ class Report:
         plan: what ran.
         variant: precision of the network.
         runtime: runtime and device that really ran, such as "onnxruntime on cpu".
-        loop: where the loop ran, "host" or "device".
         cpus: CPUs that this process may use.
         runs: how often each batch size ran.
         load_ms: from nothing to a Generator, with the runtime's import if this process had not
@@ -113,6 +112,7 @@ class Report:
         batches: one a batch size.
         peak_memory_mb: the most memory that this process has held so far, resident, in units of
             10**6 bytes; None where the system does not say.
+        loop: where the loop ran, "host" or "device".
     """
 
     name: str
@@ -120,13 +120,13 @@ class Report:
     plan: str
     variant: str
     runtime: str
-    loop: str
     cpus: int
     runs: int
     load_ms: float
     first_image_ms: float
     batches: tuple[BatchReport, ...]
     peak_memory_mb: float | None
+    loop: str = "host"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for JSON, with the steps and images a second."""

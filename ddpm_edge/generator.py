@@ -68,12 +68,12 @@ class Result:
         plan: what ran.
         runtime: on which runtime and device, such as "onnxruntime on cpu".
         variant: the network's precision.
-        loop: where the loop around the network ran, "host" or "device" (see `Generator.load`).
         milliseconds: wall-clock time of the run, without what had to be measured for a budget.
         stopped: whether the callback or the deadline ended it early; the last images are then the
             x0 so far.
         expected_ms: how long the plan that was chosen for a budget was expected to take,
             milliseconds; None without a budget.
+        loop: where the loop around the network ran, "host" or "device" (see `Generator.load`).
     """
 
     images: Array
@@ -81,10 +81,10 @@ class Result:
     plan: Plan
     runtime: str
     variant: str
-    loop: str
     milliseconds: float
     stopped: bool
     expected_ms: float | None = None
+    loop: str = "host"
 
 
 class Generator:
