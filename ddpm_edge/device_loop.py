@@ -2,7 +2,7 @@
 
 A step there is `begin`, which goes to the next row of the table, the network, and `advance`, which
 is the row's update (step.cu). All that changes from row to row is in the table, so that from its
-second time on a step is the replay of one CUDA graph.
+second time on a step is the replay of one CUDA graph, where the engine can be captured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddpm_edge.restoration import Mask, Measurement, ddnm_plus
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import GpuEngine, Resident
 
-KEPT = 4  # loops that wait for the next call of their batch size
+KEPT = 4  # loops that wait for the next call; a batch size with guidance is another
 AHEAD = 2  # steps that are queued at most: the GPU does not wait, and whatever ends a call can
 
 log = logging.getLogger("ddpm_edge")
@@ -187,6 +187,7 @@ class DeviceLoop:
         """
         with self._lock:
             self._check_open()
+            cuda.call("cudaStreamSynchronize", self._stream)  # whatever interrupted the last run
             self._memory("m", self._history(plan))
             self._memory("table", len(plan) * TABLE.itemsize)
             self._memory("b", plan.b.size * 4)
@@ -217,8 +218,8 @@ class DeviceLoop:
         try:
             self._load(plan, rows, guided, x, seed, first, labels, guidance, measurement)
             for i, count in enumerate(questions):
-                self._queue(lambda n=count: self._step(n))  # type: ignore[misc]
                 state = DeviceState(self, self._runs, i, plan)
+                self._queue(lambda n=count: self._step(n))  # type: ignore[misc]
                 if i + 1 == len(rows):
                     state.keep()
                 else:
@@ -273,7 +274,6 @@ class DeviceLoop:
         )  # fmt: skip
 
         def write() -> None:
-            cuda.call("cudaStreamSynchronize", self._stream)  # whatever interrupted the last run
             memory = {name: self._memory(name, array.nbytes) for name, array in arrays.items()}
             self._memory("m", 0).clear(self._history(plan), self._stream)
             for name, array in arrays.items():
@@ -294,8 +294,8 @@ class DeviceLoop:
         if questions not in self._graphs:
             self._queue_step(questions)
             resident = self._residents.get(questions)
-            if resident is None or resident.capturable:
-                self._graphs[questions] = None
+            capturable = resident is None or resident.capturable
+            self._graphs[questions] = None if capturable else False
             return
         graph = self._graphs[questions]
         if graph is None:
@@ -354,7 +354,7 @@ class DeviceLoop:
             EngineError: it is another run's now.
         """
         if run != self._runs:
-            raise EngineError("the loop on the GPU has gone on to another call")
+            raise EngineError("the loop on the GPU has gone on to another call, or was freed")
         hosts: dict[str, Array] = {}
 
         def read() -> None:
@@ -375,15 +375,17 @@ class DeviceLoop:
 
     @property
     def warm(self) -> bool:
-        """Whether all that a step needs is there, of every kind that it was asked for."""
-        return all(count in self._graphs for count in self._residents) and bool(self._residents)
+        """Whether its steps of every kind are as quick as they become."""
+        known = [self._graphs.get(count) is not None for count in self._residents]
+        return all(known) and bool(known)
 
     def fits(self, batch: int, guided: bool) -> bool:
         """Whether it is for batches of this size."""
         return self._shape[0] == batch and self.guided == guided
 
     def free(self) -> None:
-        """Free what it holds on the GPU."""
+        """Free what it holds on the GPU; its states have nothing to read any more."""
+        self._runs, self._queued = self._runs + 1, 0
         with contextlib.suppress(EngineLostError):  # nothing can be freed on a lost GPU
             cuda.use(self._engine.gpu)
             with contextlib.suppress(ClosedError):  # closing has waited
@@ -439,7 +441,7 @@ class DeviceLoops:
             return self._broken
 
     def is_warm(self, batch: int, guided: bool) -> bool:
-        """Whether a loop for such a batch has run before."""
+        """Whether the steps of such a batch are as quick as they become."""
         with self._lock:
             return any(loop.fits(batch, guided) and loop.warm for loop in self._idle)
 
@@ -467,14 +469,19 @@ class DeviceLoops:
         guided = [guidance is not None and guidance.at(t) is not None for t in plan.t.tolist()]
         asks = ask * len(x) * plan.evaluate * np.where(guided, 2, 1)
         questions: list[int] = asks.tolist()
-        loop = self._take(plan, len(x), guidance is not None, set(questions))
         try:
-            yield from loop.run(plan, x, seed, first, labels, guidance, measurement, questions)
+            loop = self._take(plan, len(x), guidance is not None, set(questions))
+            try:
+                yield from loop.run(plan, x, seed, first, labels, guidance, measurement, questions)
+            finally:
+                self._give_back(loop)
         except EngineLostError as error:
             self._end(error)
             raise
-        finally:
-            self._give_back(loop)
+        except MemoryError:  # in the midst of a run, such as ONNX Runtime's: the next call has room
+            with self._lock:
+                self._keep_idle(0)
+            raise
 
     def _take(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
         with self._lock:
@@ -486,7 +493,6 @@ class DeviceLoops:
                 self._keep_idle(0)
                 loop = self._prepared(plan, batch, guided, questions)
             self._lent.add(loop)
-            self._keep_idle(KEPT - 1)
             return loop
 
     def _prepared(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
@@ -508,26 +514,25 @@ class DeviceLoops:
         with self._lock:
             self._lent.remove(loop)
             self._idle.append(loop)
-            if self._ended is not None:
-                self._free()
+            self._free()
 
     def close(self) -> None:
         """Free those that are not at work, and the others when they are given back."""
-        self._end(ClosedError("the engine was closed; open it again"))
         with self._lock:
+            self._end(ClosedError("the engine was closed; open it again"))
             self._free()
 
     def _end(self, error: DdpmEdgeError) -> None:
         """Let every further use raise this."""
         with self._lock:
             self._ended = error
-            for loop in self._lent:
+            for loop in tuple(self._lent):
                 loop.ended = error
 
     def _free(self) -> None:
-        """Free all that is not at work, when no more calls may come."""
-        self._keep_idle(0)
-        if not self._lent and self._kernels is not None:
+        """Free the loops that are too many; all that is not at work when no more calls may come."""
+        self._keep_idle(KEPT if self._ended is None else 0)
+        if self._ended is not None and not self._lent and self._kernels is not None:
             kernels, self._kernels = self._kernels, None
             with contextlib.suppress(EngineLostError):
                 kernels.free()

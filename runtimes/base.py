@@ -82,7 +82,7 @@ class Resident(Protocol):
     capturable: bool
 
     def __call__(self) -> None:
-        """Queue it on the engine's stream.
+        """Queue it on the engine's stream, or evaluate it there.
 
         Raises:
             EngineError: the runtime failed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -286,6 +287,9 @@ def capture(queue: Callable[[], object], stream: int) -> Any:
     Raises:
         EngineError: something in it cannot be captured.
     """
+    # A generator that Python collects meanwhile could queue what it still has to copy.
+    collects = gc.isenabled()
+    gc.disable()
     mode = cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
     try:
         call("cudaStreamBeginCapture", stream, mode)
@@ -295,6 +299,9 @@ def capture(queue: Callable[[], object], stream: int) -> Any:
         with contextlib.suppress(EngineError):  # what was captured is broken; the stream is free
             call("cudaGraphDestroy", call("cudaStreamEndCapture", stream))
         raise
+    finally:
+        if collects:
+            gc.enable()
     try:
         return call("cudaGraphInstantiate", graph, 0)
     finally:

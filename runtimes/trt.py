@@ -91,7 +91,7 @@ class TensorRTEngine:
     """
 
     runtime: str
-    concurrent = False  # one execution context, one set of buffers
+    concurrent = False  # one stream, one memory for activations, one set of buffers
 
     def __init__(self, engine: bytes, flavour: Flavour, gpu: GPU) -> None:
         trt = flavour.trt
@@ -114,13 +114,13 @@ class TensorRTEngine:
             raise _no_memory(flavour, gpu, str(error)) from error
         try:
             self._context = self._new_context()
+            self.inputs, self.outputs = _specs(trt, self._engine)
+            shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
+            self.min_batch, _, self.max_batch = (int(shape[0]) for shape in shapes)
+            self.stream: int = cuda.new_stream(gpu)
         except BaseException:
             self._scratch.free()
             raise
-        self.inputs, self.outputs = _specs(trt, self._engine)
-        shapes = self._engine.get_tensor_profile_shape(next(iter(self.inputs)), 0)
-        self.min_batch, _, self.max_batch = (int(shape[0]) for shape in shapes)
-        self.stream: int = cuda.new_stream(gpu)
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`).

@@ -668,6 +668,16 @@ def test_latency_waits_for_each_step(load: Load, gpu: FakeCuda) -> None:
     assert generator.latency(2).step_ms >= seconds * 1e3
 
 
+def test_what_cannot_be_captured_is_warmed_up_once(load: Load, gpu: FakeCuda) -> None:
+    engine = GpuToy(gpu, capturable=False)
+    generator = load("device", engine)
+    call: dict[str, Any] = {"label": 1, "guidance": 2.0, "budget_ms": 1e6, "seed": 0}
+    first = generator.run(2, **call)
+    asked = len(engine.questions)
+    generator.run(2, **call)
+    assert len(engine.questions) - asked == first.plan.evaluations
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_what_is_warm_has_its_graph(load: Load, gpu: FakeCuda, guided: bool) -> None:
     generator = load("device")
@@ -720,6 +730,23 @@ def test_a_step_of_another_run_is_not_read(load: Load, toy: GpuToy, gpu: FakeCud
     list(sample_states(network, samplers.ddim(Schedule.linear(), 5), 1, range(2)))
     with pytest.raises(EngineError, match="gone on to another call"):
         state.x0()
+    network.close()
+    state.wait()  # there is nothing to wait for
+    with pytest.raises(EngineError, match="or was freed"):
+        state.x0()
+
+
+def test_nothing_is_collected_while_a_graph_is_captured(load: Load, gpu: FakeCuda) -> None:
+    seen, usual = [], FakeCuda.cudaStreamEndCapture
+
+    def end(stream: int) -> Any:
+        seen.append(gc.isenabled())
+        return usual(gpu, stream)
+
+    gpu.cudaStreamEndCapture = end  # type: ignore[method-assign]
+    load("device").sample(1, seed=0, steps=4)
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_copies_go_where_they_should(gpu: FakeCuda) -> None:
