@@ -26,7 +26,7 @@ from ddpm_edge.errors import (
 )
 from ddpm_edge.generator import Generator, open_bundle
 from ddpm_edge.runtimes import RUNTIMES, choice
-from ddpm_edge.runtimes.base import Engine, WrappedEngine, gpu_engine
+from ddpm_edge.runtimes.base import Engine, WrappedEngine
 from ddpm_edge.runtimes.engine_cache import cache_directory
 from ddpm_edge.sampling import seconds_without_network
 
@@ -47,10 +47,7 @@ class TimedEngine(WrappedEngine):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.seconds = 0.0
-        on_gpu = gpu_engine(engine)
-        self.stream = None if on_gpu is None else on_gpu.stream
-        if on_gpu is not None:
-            self.gpu, self.resident = on_gpu.gpu, on_gpu.resident
+        self.direct = engine
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the model (see `Engine`)."""
@@ -314,13 +311,10 @@ def _run(
     engine.seconds = 0.0
     result = generator.run(batch, batch=batch, seed=0, **plan)
     seconds = result.milliseconds / 1e3
+    outside = seconds - engine.seconds
     if result.loop == "device":
-        return (
-            len(result.plan),
-            seconds,
-            seconds_without_network(generator._open(), result.plan, batch),
-        )
-    return len(result.plan), seconds, seconds - engine.seconds
+        outside = seconds_without_network(generator._open(), result.plan, batch)
+    return len(result.plan), seconds, outside
 
 
 def _batch_report(batch: int, measured: Sequence[tuple[int, float, float]]) -> BatchReport:

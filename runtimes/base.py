@@ -118,16 +118,15 @@ class GpuEngine(Engine, Protocol):
         ...
 
 
-def gpu_engine(engine: Engine) -> GpuEngine | None:
-    """The engine, if its arrays can stay on a GPU."""
-    stream = getattr(engine, "stream", None)
-    return None if stream is None else cast(GpuEngine, engine)
-
-
 class WrappedEngine:
-    """An engine around another: whoever inherits changes what a call does. One call at a time."""
+    """An engine around another: whoever inherits changes what a call does. One call at a time.
+
+    `direct`: the engine for evaluations whose arrays stay on a GPU, which go past the wrapper; None
+    = there are none.
+    """
 
     concurrent = False
+    direct: Engine | None = None
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -148,6 +147,12 @@ class WrappedEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def gpu_engine(engine: Engine) -> GpuEngine | None:
+    """The engine, or the one that a wrapper lets through, if its arrays can stay on a GPU."""
+    inside = engine.direct if isinstance(engine, WrappedEngine) else engine
+    return None if getattr(inside, "stream", None) is None else cast(GpuEngine, inside)
 
 
 def check_inputs(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> int:

@@ -20,6 +20,7 @@ from fake_gpu import CudaError, FakeTensorRT, Severity
 
 pytest.importorskip("onnxruntime")
 from ddpm_edge import Bundle, Generator
+from ddpm_edge.bench import bench
 from ddpm_edge.build import BuildOptions, build
 from ddpm_edge.cli import main
 from ddpm_edge.errors import (
@@ -147,6 +148,22 @@ def test_rtx_says_whether_a_graph_may_hold_it(
     with Generator.load(runtime="tensorrt") as generator:
         generator.sample(1, steps=4)
     assert ("cudaGraphLaunch" in gpu.cuda.calls) == capturable
+
+
+@pytest.mark.parametrize(
+    ("asked", "clip", "loop"),
+    [("device", 1.0, "device"), ("auto", 1.0, "device"), ("host", 1.0, "host"),
+     ("auto", "99%", "host")],
+)  # fmt: skip
+def test_bench_measures_the_loop_that_runs(
+    gpu: FakeTensorRT, asked: str, clip: float | str, loop: str
+) -> None:
+    build()
+    report = bench(batches=[1, 2], runs=1, runtime="tensorrt", steps=4, clip=clip, loop=asked)
+    assert report.loop == loop
+    assert all(0 < batch.loop_us < batch.ms_a_step * 1e3 for batch in report.batches)
+    if asked != "auto":
+        assert ("cudaGraphLaunch" in gpu.cuda.calls) == (loop == "device")
 
 
 def test_every_thread_chooses_the_device(generator: Generator, gpu: FakeTensorRT) -> None:
