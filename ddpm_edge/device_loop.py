@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from importlib import resources
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from ddpm_edge.errors import (
 )
 from ddpm_edge.guidance import Guidance, Labels
 from ddpm_edge.manifest import Manifest
-from ddpm_edge.plan import Clip, Plan, Row, not_finite
+from ddpm_edge.plan import Clip, Plan, not_finite
 from ddpm_edge.restoration import Mask, Measurement, ddnm_plus
 from ddpm_edge.runtimes import cuda
 from ddpm_edge.runtimes.base import GpuEngine, Resident
@@ -59,6 +59,37 @@ class Run(ctypes.Structure):
         ("limit", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in POINTERS),
     )
+
+
+class Job(NamedTuple):
+    """A plan and what it runs for: the arguments of `sampling.sample_states`, and whether to ask.
+
+    Attributes:
+        x: the state to start from, float32 (B, C, H, W), left as it is.
+        first: index of the first sample.
+        ask: whether the network is evaluated; without, what is left is what the loop costs.
+    """
+
+    plan: Plan
+    x: Array
+    seed: int
+    first: int
+    labels: Labels = None
+    guidance: Guidance | None = None
+    measurement: Measurement | None = None
+    ask: bool = True
+
+    @property
+    def on_x0(self) -> bool:
+        """Whether every x0 is clipped or measured."""
+        return self.plan.clip is not None or self.measurement is not None
+
+    def questions(self) -> list[int]:
+        """How many questions the network gets in each row: none, B or 2 B."""
+        batch, guidance = len(self.x), self.guidance
+        twice = [guidance is not None and guidance.at(t) is not None for t in self.plan.t.tolist()]
+        asked: list[int] = (self.ask * batch * self.plan.evaluate * np.where(twice, 2, 1)).tolist()
+        return asked
 
 
 def cannot(plan: Plan, measurement: Measurement | None) -> str:
@@ -178,80 +209,59 @@ class DeviceLoop:
         shared = name == "bad" or (name == "x0" and self._engine.gpu.integrated)
         return self._buffers.of(name, size, shared)
 
-    def prepare(self, plan: Plan, questions: set[int]) -> None:
-        """Allocate what a plan needs that asks the network so many questions at once.
+    def prepare(self, job: Job) -> None:
+        """Allocate what a job needs.
 
         Raises:
-            EngineError: the engine does not take so many.
+            EngineError: the engine does not take so many questions at once.
             MemoryError: too little memory on the GPU.
         """
         with self._lock:
             self._check_open()
             cuda.call("cudaStreamSynchronize", self._stream)  # whatever interrupted the last run
-            self._memory("m", self._history(plan))
-            self._memory("table", len(plan) * TABLE.itemsize)
-            self._memory("b", plan.b.size * 4)
-            for count in questions - {0, *self._residents}:
+            self._memory("m", self._history(job.plan))
+            self._memory("table", len(job.plan) * TABLE.itemsize)
+            self._memory("b", job.plan.b.size * 4)
+            for count in set(job.questions()) - {0, *self._residents}:
                 self._residents[count] = self._engine.resident(count, self._addresses)
 
     def _history(self, plan: Plan) -> int:
         """Bytes of the answers that a plan remembers."""
         return math.prod(self._shape) * int(plan.b.shape[1]) * 4
 
-    def run(
-        self,
-        plan: Plan,
-        x: Array,
-        seed: int,
-        first: int,
-        labels: Labels,
-        guidance: Guidance | None,
-        measurement: Measurement | None,
-        questions: list[int],
-    ) -> Iterator[DeviceState]:
-        """Run a plan (see `DeviceLoops.run`); `questions`: how many the network gets, each row."""
-        on_x0 = plan.clip is not None or measurement is not None
-        rows = plan.rows(self._manifest.prediction, "x0" if on_x0 else None)
-        guided = [count > len(x) for count in questions]
+    def run(self, job: Job) -> Iterator[DeviceState]:
+        """Run a job that was prepared (see `DeviceLoops.run`)."""
+        plan, questions = job.plan, job.questions()
         self._runs += 1
         state = None
         try:
-            self._load(plan, rows, guided, x, seed, first, labels, guidance, measurement)
+            self._load(job, questions)
             for i, count in enumerate(questions):
                 state = DeviceState(self, self._runs, i, plan)
                 self._queue(lambda n=count: self._step(n))  # type: ignore[misc]
-                if i + 1 == len(rows):
+                if i + 1 == len(questions):
                     state.keep()
                 else:
                     self._wait_for(self._queued - AHEAD)
                     self._check(plan)
                 yield state
         finally:
-            if state is not None:  # then nobody may have asked, and all are to see the same error
+            if state is not None:  # an error is met again by who reads what could not be kept
                 with contextlib.suppress(DdpmEdgeError, MemoryError):
                     state.keep()
 
-    def _load(
-        self,
-        plan: Plan,
-        rows: list[Row],
-        guided: list[bool],
-        x: Array,
-        seed: int,
-        first: int,
-        labels: Labels,
-        guidance: Guidance | None,
-        measurement: Measurement | None,
-    ) -> None:
+    def _load(self, job: Job, questions: list[int]) -> None:
         """Write all that the steps need."""
+        plan, labels, guidance = job.plan, job.labels, job.guidance
+        measurement = job.measurement
         manifest, batch = self._manifest, self._shape[0]
         clip = Clip.parse(plan.clip)
         twice = 2 if self.guided else 1
         arrays = {
-            "x": np.concatenate([x] * twice),
+            "x": np.concatenate([job.x] * twice),
             "row": np.array([-1], np.int32),
             "bad": np.full(batch, -1, np.int32),
-            "table": _table(rows, guided, plan, measurement, manifest.timestep_offset),
+            "table": _table(job, questions, manifest),
             "b": plan.b.astype(np.float32),
         }
         if labels is None:
@@ -267,10 +277,9 @@ class DeviceLoop:
             arrays["known"] = measurement.operator.forward(everywhere)
             arrays["y"] = np.broadcast_to(measurement.y, self._shape)
         run = Run(
-            seed=seed, first=first, batch=batch, values=math.prod(self._shape[1:]),
+            seed=job.seed, first=job.first, batch=batch, values=math.prod(self._shape[1:]),
             history=plan.b.shape[1], questions=batch * twice, form_eps=plan.form == "eps",
-            on_x0=plan.clip is not None or measurement is not None,
-            limit=math.inf if clip is None else clip.limit,
+            on_x0=job.on_x0, limit=math.inf if clip is None else clip.limit,
         )  # fmt: skip
 
         def write() -> None:
@@ -445,34 +454,18 @@ class DeviceLoops:
         with self._lock:
             return any(loop.fits(batch, guided) and loop.warm for loop in self._idle)
 
-    def run(
-        self,
-        plan: Plan,
-        x: Array,
-        seed: int,
-        first: int,
-        labels: Labels = None,
-        guidance: Guidance | None = None,
-        measurement: Measurement | None = None,
-        ask: bool = True,
-    ) -> Iterator[DeviceState]:
-        """Run a plan from x, float32 (B, C, H, W), yielding after every row.
-
-        The other arguments are those of `sampling.sample_states`. Without `ask` it does all but to
-        evaluate the network: what the loop itself costs.
+    def run(self, job: Job) -> Iterator[DeviceState]:
+        """Run a job, yielding after every row.
 
         Raises:
             NonFiniteError: an answer with NaN or infinity; seen up to two steps later.
             EngineError: the GPU or the engine failed.
             MemoryError: too little memory on the GPU.
         """
-        guided = [guidance is not None and guidance.at(t) is not None for t in plan.t.tolist()]
-        asks = ask * len(x) * plan.evaluate * np.where(guided, 2, 1)
-        questions: list[int] = asks.tolist()
         try:
-            loop = self._take(plan, len(x), guidance is not None, set(questions))
+            loop = self._take(job)
             try:
-                yield from loop.run(plan, x, seed, first, labels, guidance, measurement, questions)
+                yield from loop.run(job)
             finally:
                 self._give_back(loop)
         except EngineLostError as error:
@@ -483,19 +476,20 @@ class DeviceLoops:
                 self._keep_idle(0)
             raise
 
-    def _take(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
+    def _take(self, job: Job) -> DeviceLoop:
         with self._lock:
             if self._ended is not None:
                 raise self._ended
             try:
-                loop = self._prepared(plan, batch, guided, questions)
+                loop = self._prepared(job)
             except MemoryError:
                 self._keep_idle(0)
-                loop = self._prepared(plan, batch, guided, questions)
+                loop = self._prepared(job)
             self._lent.add(loop)
             return loop
 
-    def _prepared(self, plan: Plan, batch: int, guided: bool, questions: set[int]) -> DeviceLoop:
+    def _prepared(self, job: Job) -> DeviceLoop:
+        batch, guided = len(job.x), job.guidance is not None
         for loop in reversed(self._idle):
             if loop.fits(batch, guided):
                 self._idle.remove(loop)
@@ -504,8 +498,8 @@ class DeviceLoops:
             kernels = cast(cuda.Kernels, self._kernels)
             loop = DeviceLoop(self._manifest, self._engine, self._lock, kernels, batch, guided)
         try:
-            loop.prepare(plan, questions)
-        except BaseException:
+            loop.prepare(job)
+        except BaseException:  # an interrupt too: it stays known, and is freed one day
             self._idle.append(loop)
             raise
         return loop
@@ -543,22 +537,18 @@ class DeviceLoops:
             self._idle.pop(0).free()
 
 
-def _table(
-    rows: list[Row],
-    guided: list[bool],
-    plan: Plan,
-    measurement: Measurement | None,
-    timestep_offset: int,
-) -> Array:
+def _table(job: Job, questions: list[int], manifest: Manifest) -> Array:
     """The rows as `Row` of step.cu; TABLE (N,)."""
+    plan, measurement = job.plan, job.measurement
+    rows = plan.rows(manifest.prediction, "x0" if job.on_x0 else None)
     table = np.zeros(len(rows), TABLE)
     for name in ("t", "stream", "number", "from_x", "from_answer", "signal", "noise", "a", "s",
                  "evaluate"):  # fmt: skip
         table[name] = [getattr(row, name) for row in rows]
-    table["t"] += timestep_offset
+    table["t"] += manifest.timestep_offset
     table["eps_from_x"] = 1.0 / plan.noise
     table["eps_from_x0"] = -plan.signal / plan.noise
-    table["guided"] = guided
+    table["guided"] = [count > len(job.x) for count in questions]
     table["weight"] = table["kept"] = 1.0
     if measurement is not None and measurement.sigma_y > 0.0:
         weight, kept = ddnm_plus(plan, measurement.operator.singular, measurement.sigma_y)

@@ -364,12 +364,8 @@ def _without_cuda(machine: Machine) -> Finding:
     if not machine.nvidia:
         return Finding("cuda", "info", f"no NVIDIA GPU: {error}")
     if "No module named 'cuda" in error:
-        return Finding(
-            "cuda",
-            "warning",
-            "without cuda-bindings neither TensorRT nor the loop on the GPU can be used",
-            REMEDY,
-        )
+        text = "without cuda-bindings neither TensorRT nor the loop on the GPU can be used"
+        return Finding("cuda", "warning", text, REMEDY)
     if "CUDA_VISIBLE_DEVICES" in os.environ and "cudaErrorNoDevice" in error:
         text = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} leaves no GPU: {error}"
         return Finding("cuda", "warning", text, "unset CUDA_VISIBLE_DEVICES")

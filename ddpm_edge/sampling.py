@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_edge import checks, device_loop, noise
 from ddpm_edge.arrays import Array, Float32, Int64
-from ddpm_edge.device_loop import DeviceLoops
+from ddpm_edge.device_loop import DeviceLoops, Job
 from ddpm_edge.errors import BundleError, ConfigError, OutOfMemoryError
 from ddpm_edge.guidance import Guidance, Labels
 from ddpm_edge.manifest import Manifest
@@ -172,26 +172,25 @@ def sample_states(
         return network(x, t, labels, None if guidance is None else guidance.at(t))
 
     with enough_memory(len(samples)):
-        loops = network.loops_for(plan, measurement, len(samples), guidance is not None)
-        if loops is not None:
-            x = start
-            if x is None:
-                shape = len(samples), *network.manifest.sample_shape
-                x = noise.Draws(seed, samples.start, shape).prior()
-            yield from loops.run(plan, x, seed, samples.start, labels, guidance, measurement)
-            return
         draws = noise.Draws(seed, samples.start, (len(samples), *network.manifest.sample_shape))
         x = draws.prior() if start is None else np.copy(start)
+        loops = network.loops_for(plan, measurement, len(samples), guidance is not None)
+        if loops is not None:
+            job = Job(plan, x, seed, samples.start, labels, guidance, measurement)
+            yield from loops.run(job)
+            return
         impose, draw = (None, draws) if measurement is None else measurement.along(plan, draws)
         yield from run_plan(plan, x, ask, draw, network.manifest.prediction, impose)
 
 
 def warm_up(network: Network, plan: Plan, samples: int, labels: Labels) -> None:
     """Do what makes the first steps of a call slower than the others."""
-    if network.loops_for(plan, None, samples, guided=False) is None:
-        network(np.zeros((samples, *network.manifest.sample_shape), np.float32), 1, labels)
+    x = np.zeros((samples, *network.manifest.sample_shape), np.float32)
+    loops = network.loops_for(plan, None, samples, guided=False)
+    if loops is None:
+        network(x, 1, labels)
         return
-    for state in itertools.islice(sample_states(network, plan, 0, range(samples), labels), 2):
+    for state in itertools.islice(loops.run(Job(plan, x, 0, 0, labels)), 2):
         state.wait()  # the second step is the first by its graph
 
 
@@ -202,7 +201,7 @@ def seconds_without_network(network: Network, plan: Plan, batch: int) -> float:
         raise ConfigError(f"plan {plan.name} runs on the host")
     x = np.zeros((batch, *network.manifest.sample_shape), np.float32)
     before = time.perf_counter()
-    for _ in loops.run(plan, x, 0, 0, ask=False):
+    for _ in loops.run(Job(plan, x, 0, 0, ask=False)):
         pass
     return time.perf_counter() - before
 

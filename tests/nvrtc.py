@@ -28,12 +28,10 @@ def compile_ptx(source: str, options: tuple[bytes, ...] = OPTIONS) -> str:
     failed = lib.nvrtcCompileProgram(
         program, len(options), (ctypes.c_char_p * len(options))(*options)
     )
-    what = "Log" if failed else "PTX"
-    getattr(lib, f"nvrtcGetProgram{what}Size" if failed else "nvrtcGetPTXSize")(
-        program, ctypes.byref(size)
-    )
+    answer = "nvrtcGetProgramLog" if failed else "nvrtcGetPTX"
+    getattr(lib, f"{answer}Size")(program, ctypes.byref(size))
     text = ctypes.create_string_buffer(size.value)
-    getattr(lib, "nvrtcGetProgramLog" if failed else "nvrtcGetPTX")(program, text)
+    getattr(lib, answer)(program, text)
     lib.nvrtcDestroyProgram(ctypes.byref(program))
     if failed:
         raise RuntimeError(text.value.decode())
