@@ -72,7 +72,7 @@ def build_engine(
 
     def build() -> BuiltEngine:
         if gpu is not None:
-            cuda.call("cudaSetDevice", gpu.number)  # of this thread
+            cuda.use(gpu)
         return _build(
             model, flavour, profile, workspace_mb, optimization_level, timing_cache, phases
         )

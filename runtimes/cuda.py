@@ -201,10 +201,7 @@ class Memory:
 
     def clear(self, size: int, stream: int) -> None:
         """Set so many bytes to 0."""
-        if self._shared:
-            self.view((size,), np.uint8)[:] = 0
-        else:
-            call("cudaMemsetAsync", self.address, 0, size, stream)
+        call("cudaMemsetAsync", self.address, 0, size, stream)
 
     def read(self, shape: tuple[int, ...], dtype: Any, stream: int) -> Array:
         """What the first bytes will be when the stream comes to here; a view, valid from then."""
