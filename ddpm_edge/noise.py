@@ -25,7 +25,7 @@ from ddpm_edge.errors import ConfigError
 
 VERSION = 1
 MAX_SEED = 2**64 - 1
-BLOCK = 16_384  # draws made ahead, if a row is smaller
+BLOCK = 16_384  # draws made at once, of several rows or part of one: what the caches hold; even
 _TO_UNIT = 2.0**-53
 
 
@@ -101,9 +101,14 @@ class Draws:
     def rows(self, stream: Stream, rows: range) -> Float32:
         """The draws for several rows; float32 (len(rows), B, ...)."""
         batch, count = self.shape[0], math.prod(self.shape[1:])
-        samples = range(self.first, self.first + batch)
-        words = [self._words(stream, i, row, count) for row in rows for i in samples]
-        return _to_normal(np.stack(words))[:, :count].reshape(len(rows), *self.shape)
+        # allocated before anything is drawn, so that too many samples fail at once
+        normal = np.empty((len(rows) * batch, count + count % 2), np.float32)
+        drawn = [(row, sample) for row in rows for sample in range(self.first, self.first + batch)]
+        at_once = max(1, BLOCK // max(1, count))
+        for part in (slice(i, i + at_once) for i in range(0, len(drawn), at_once)):
+            words = [self._words(stream, sample, row, count) for row, sample in drawn[part]]
+            _to_normal(np.concatenate(words), out=normal[part].reshape(-1))
+        return normal[:, :count].reshape(len(rows), *self.shape)
 
     def _words(self, stream: Stream, sample: int, row: int, count: int) -> UInt64:
         """The raw words for `count` draws: a whole number of pairs."""
@@ -122,15 +127,14 @@ class Draws:
         return words
 
 
-def _to_normal(words: UInt64) -> Float32:
-    """Pairs of words as pairs of normals; (B, 2 n) to (B, 2 n)."""
-    unit = to_unit(words)
-    radius = np.sqrt(-2.0 * np.log1p(-unit[:, 0::2]))  # 1 - unit is in (0, 1]: never ln 0
-    angle = (2.0 * np.pi) * unit[:, 1::2]
-    normal = np.empty(words.shape, np.float32)
-    np.multiply(radius, np.cos(angle), out=normal[:, 0::2], casting="same_kind")
-    np.multiply(radius, np.sin(angle), out=normal[:, 1::2], casting="same_kind")
-    return normal
+def _to_normal(words: UInt64, out: Float32) -> None:
+    """Pairs of words as pairs of normals; both (2 n,)."""
+    for piece in (slice(i, i + BLOCK) for i in range(0, len(words), BLOCK)):
+        unit = to_unit(words[piece])
+        radius = np.sqrt(-2.0 * np.log1p(-unit[0::2]))  # 1 - unit is in (0, 1]: never ln 0
+        angle = (2.0 * np.pi) * unit[1::2]
+        np.multiply(radius, np.cos(angle), out=out[piece][0::2], casting="same_kind")
+        np.multiply(radius, np.sin(angle), out=out[piece][1::2], casting="same_kind")
 
 
 def check_seed(seed: Any) -> int:

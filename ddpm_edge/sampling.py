@@ -212,7 +212,8 @@ def enough_memory(batch: int) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""  # Python's own says nothing
         raise OutOfMemoryError(
-            f"not enough memory for {batch} samples at once ({error}); give a smaller batch= (for "
-            "a stream or a warm-up, a smaller n)"
+            f"not enough memory for {batch} samples at once{reason}; give a smaller batch= (for a "
+            "stream or a warm-up, a smaller n)"
         ) from error

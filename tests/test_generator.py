@@ -212,14 +212,17 @@ def test_what_an_engine_raises_passes_and_nothing_stays_locked(
     [lambda g: g.sample(9, batch=5), lambda g: g.warmup(5), lambda g: list(g.stream(5))],
     ids=["sample", "warmup", "stream"],
 )
-def test_too_little_memory_names_the_batch_and_the_remedy(use: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"), [(MemoryError("no room"), r" \(no room\)"), (MemoryError(), "")]
+)
+def test_too_little_memory_names_the_batch_and_the_remedy(
+    use: Any, error: MemoryError, said: str
+) -> None:
     class Full(ToyEngine):
         def __call__(self, arrays: Any) -> Any:
-            raise MemoryError("no room")
+            raise error
 
-    with pytest.raises(
-        OutOfMemoryError, match=r"for 5 samples at once \(no room\); give a smaller"
-    ):
+    with pytest.raises(OutOfMemoryError, match=rf"for 5 samples at once{said}; give a smaller"):
         use(Generator(Bundle.open(), Full(), "fp32"))
 
 

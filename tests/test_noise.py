@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from ddpm_edge.errors import ConfigError
-from ddpm_edge.noise import MAX_SEED, VERSION, Draws, Stream, check_seed, standard_normal
+from ddpm_edge.noise import BLOCK, MAX_SEED, VERSION, Draws, Stream, check_seed, standard_normal
 
 START, STEP = Stream.START, Stream.STEP
 SIGMAS = 4.0  # a threshold in standard errors: 1 in 16,000 by chance, and the seeds are fixed
@@ -131,6 +132,24 @@ def test_rows_made_ahead_are_those_that_any_order_gives(shape: tuple[int, ...]) 
         for i, sample in enumerate(z):
             expected = standard_normal(5, stream, 7 + i, row, sample.size)
             assert np.array_equal(sample.reshape(-1), expected)
+
+
+def test_a_draw_made_in_pieces() -> None:
+    count = 2 * BLOCK + 3  # odd, and the last piece is smaller than the others
+    expected = np.array(reference(5, STEP, 3, 2, count), np.float32)
+    for drawn in Draws(5, first=2, shape=(2, count)).rows(STEP, range(1, 3))[1, 1:]:
+        np.testing.assert_array_max_ulp(drawn, expected, maxulp=1)  # as above
+
+
+def test_a_draw_takes_little_memory_besides_its_own() -> None:
+    tracemalloc.start()
+    try:
+        drawn = Draws(0, 0, (64, 4, 64, 64)).prior()  # 4 MB
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # the rest is some arrays of BLOCK float64, 128 KB each; whole ones would take 8 MB each
+    assert peak - drawn.nbytes < 2**20
 
 
 def test_every_part_of_the_key_matters() -> None:
