@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ class OnnxRuntimeEngine:
         self.outputs = {o.name: _spec(o) for o in session.get_outputs()}
         self._session: Any = session
         self._bound = Bound(session, self.outputs, number) if self.device != "cpu" else None
+        self._residents: weakref.WeakSet[OnDevice] = weakref.WeakSet()
         self._options = _run_options()
         self._seconds_a_sample = math.inf  # of the last call: nobody knows before the first
 
@@ -143,7 +145,9 @@ class OnnxRuntimeEngine:
             shape = (batch, *(size or 1 for size in spec.shape[1:]))
             bind = binding.bind_input if name in self.inputs else binding.bind_output
             bind(name, kind, int(number or 0), spec.dtype.type, shape, address)
-        return OnDevice(self, binding)
+        resident = OnDevice(self, binding)
+        self._residents.add(resident)
+        return resident
 
     def check_open(self) -> None:
         """Raise ClosedError if it was closed."""
@@ -160,6 +164,8 @@ class OnnxRuntimeEngine:
         """Free the session (see `Engine`)."""
         if self._session is None:
             return
+        for resident in self._residents:  # a binding keeps the session, which needs the stream
+            resident.binding = None
         self._session = self._bound = None
         if self.stream is not None:
             with contextlib.suppress(DdpmEdgeError):  # nothing can be freed on a lost GPU
@@ -195,20 +201,23 @@ class OnnxRuntimeEngine:
 class OnDevice:
     """An evaluation whose arrays stay on the GPU (see `Resident`).
 
-    No CUDA graph holds it, neither ours nor ONNX Runtime's: it copies small arrays (Concat's, of
-    channels that differ) from memory of the host that it uses again after a run, so that a replay
-    computes with what is there by then (microsoft/onnxruntime#32121). And it waits for the end, as
-    it frees such memory only then.
+    No CUDA graph holds it. ONNX Runtime cannot be part of a capture of ours
+    (microsoft/onnxruntime#32081). Its own graphs, before 1.30, replay copies of small arrays
+    (Concat's, of channels that differ) from memory of the host that it has used again since, which
+    gives wrong answers (#32121). From then on they are right, but a session that may capture keeps,
+    until it is closed, a graph and cuBLAS's and cuDNN's handles for every thread that ever ran it:
+    an app with a thread for each request would run out of memory. So each evaluation is launched
+    kernel by kernel, and waits for the end, as ONNX Runtime frees such memory only then.
     """
 
     capturable = False
 
     def __init__(self, engine: OnnxRuntimeEngine, binding: Any) -> None:
-        self._engine, self._binding = engine, binding
+        self._engine, self.binding = engine, binding
 
     def __call__(self) -> None:
         """Evaluate it."""
-        self._engine.run_bound(self._binding)
+        self._engine.run_bound(self.binding)
 
 
 class Bound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,9 +131,11 @@ def test_closing_frees_the_stream(machine: Machine) -> None:
     engine = OnnxRuntimeEngine(MODEL, "cuda")
     assert not engine.concurrent  # all calls are on one stream
     resident = engine.resident(1, {})
+    session = weakref.ref(engine._session.real._sess)
     engine.close()
     engine.close()
     assert not machine.cuda.streams
+    assert session() is None  # else it would be freed after its stream
     for call in (resident, lambda: engine.resident(1, {})):
         with pytest.raises(ClosedError):
             call()
