@@ -122,6 +122,11 @@ class DeviceState:
         """The network's answer in the plan's form; float32 (B, C, H, W)."""
         return self._copied("m")
 
+    @property
+    def warm(self) -> bool:
+        """Whether the steps that follow are as quick as they become."""
+        return self._of.warm
+
     def x0(self) -> Array:
         """The x0 that this row saw; a new array."""
         return np.array(self._copied("x0"))
@@ -247,7 +252,7 @@ class DeviceLoop:
                 yield state
         finally:
             if state is not None:  # an error is met again by who reads what could not be kept
-                with contextlib.suppress(DdpmEdgeError, MemoryError):
+                with contextlib.suppress(DdpmEdgeError, MemoryError), cuda.unchanged():
                     state.keep()
 
     def _load(self, job: Job, questions: list[int]) -> None:
@@ -467,7 +472,8 @@ class DeviceLoops:
             try:
                 yield from loop.run(job)
             finally:
-                self._give_back(loop)
+                with cuda.unchanged():
+                    self._give_back(loop)
         except EngineLostError as error:
             self._end(error)
             raise
@@ -516,6 +522,9 @@ class DeviceLoops:
             self._end(ClosedError("the engine was closed; open it again"))
             self._free()
 
+    def __del__(self) -> None:
+        cuda.collected(self.close)
+
     def _end(self, error: DdpmEdgeError) -> None:
         """Let every further use raise this."""
         with self._lock:
@@ -529,6 +538,7 @@ class DeviceLoops:
         if self._ended is not None and not self._lent and self._kernels is not None:
             kernels, self._kernels = self._kernels, None
             with contextlib.suppress(EngineLostError):
+                cuda.use(self._engine.gpu)
                 kernels.free()
 
     def _keep_idle(self, count: int) -> None:

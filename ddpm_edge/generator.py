@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import os
@@ -47,7 +46,7 @@ from ddpm_edge.restoration import AveragePool, Grayscale, Mask, Operator
 from ddpm_edge.runtimes import Engine, open_engine
 from ddpm_edge.runtimes.engine_cache import cache_directory
 from ddpm_edge.samplers import inversion
-from ddpm_edge.sampling import Network, enough_memory, warm_up
+from ddpm_edge.sampling import Network, enough_memory, until_warm, warm_up
 from ddpm_edge.schedule import Schedule
 from ddpm_edge.tasks import Known, Restore, Task, Vary
 from ddpm_edge.tuned import Tuned, TunedPlan
@@ -773,9 +772,7 @@ class Generator:
             measured = request.known.measurement
             loops = network.loops_for(request.plan, measured, len(chunk), guided)
             if loops is not None and not loops.is_warm(len(chunk), guided):
-                states = request.states(network, chunk, request.start(chunk))
-                for state in itertools.islice(states, 2):
-                    state.wait()
+                until_warm(request.states(network, chunk, request.start(chunk)))
 
     def _timed(self, n: int) -> Latency:
         """What n samples took now."""

@@ -296,6 +296,7 @@ class State(Protocol):
         x: the state after the row; (B, ...).
         m: the network's answer in the plan's form; (B, ...).
         loop: which one runs it, "host" or "device".
+        warm: whether the steps that follow are as quick as they become.
     """
 
     index: int
@@ -313,6 +314,11 @@ class State(Protocol):
         """See above."""
         ...
 
+    @property
+    def warm(self) -> bool:
+        """See above."""
+        ...
+
     def x0(self) -> Array:
         """The x0 that this row saw in the state before it; a new array."""
         ...
@@ -327,6 +333,7 @@ class HostState:
     """The state of the loop on the host (see `State`)."""
 
     loop: ClassVar[str] = "host"
+    warm: ClassVar[bool] = True
     index: int
     t: int
     x: Array

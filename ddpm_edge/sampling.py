@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -95,10 +94,12 @@ class Network:
 
     def close(self) -> None:
         """Free the engine, after the call that is under way where calls must not overlap."""
-        if self._loops is not None:
-            self._loops.close()
-        with self._one_at_a_time:
-            self.engine.close()
+        try:
+            if self._loops is not None:
+                self._loops.close()
+        finally:
+            with self._one_at_a_time:
+                self.engine.close()
 
     def __call__(
         self, x: Array, t: int | Int64, labels: Labels, scale: Float32 | None = None
@@ -190,8 +191,15 @@ def warm_up(network: Network, plan: Plan, samples: int, labels: Labels) -> None:
     if loops is None:
         network(x, 1, labels)
         return
-    for state in itertools.islice(loops.run(Job(plan, x, 0, 0, labels)), 2):
-        state.wait()  # the second step is the first by its graph
+    until_warm(loops.run(Job(plan, x, 0, 0, labels)))
+
+
+def until_warm(states: Iterable[State]) -> None:
+    """Go on until the steps that follow are as quick as they become, or to the end."""
+    for state in states:
+        state.wait()
+        if state.warm:
+            break
 
 
 def seconds_without_network(network: Network, plan: Plan, batch: int) -> float:

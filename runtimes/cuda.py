@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ddpm_edge.arrays import Array
-from ddpm_edge.errors import EngineError, EngineLostError, RuntimeUnavailableError
+from ddpm_edge.errors import (
+    DdpmEdgeError,
+    EngineError,
+    EngineLostError,
+    RuntimeUnavailableError,
+)
 
 REMEDY = (
     "pip install 'ddpm-edge[tensorrt]', 'ddpm-edge[rtx]' for a desktop GPU, or on a Jetson "
@@ -24,16 +30,17 @@ REMEDY = (
 # After one of these every further call of the process fails, whatever it asks for.
 LOST = frozenset({
     "cudaErrorAssert", "cudaErrorContained", "cudaErrorContextIsDestroyed",
-    "cudaErrorDevicesUnavailable", "cudaErrorECCUncorrectable", "cudaErrorExternalDevice",
-    "cudaErrorHardwareStackError", "cudaErrorIllegalAddress", "cudaErrorIllegalInstruction",
-    "cudaErrorInvalidAddressSpace", "cudaErrorInvalidPc", "cudaErrorLaunchFailure",
-    "cudaErrorLaunchTimeout", "cudaErrorMisalignedAddress", "cudaErrorMpsClientTerminated",
+    "cudaErrorECCUncorrectable", "cudaErrorExternalDevice", "cudaErrorHardwareStackError",
+    "cudaErrorIllegalAddress", "cudaErrorIllegalInstruction", "cudaErrorInvalidAddressSpace",
+    "cudaErrorInvalidPc", "cudaErrorLaunchFailure", "cudaErrorLaunchTimeout",
+    "cudaErrorMisalignedAddress", "cudaErrorMpsClientTerminated",
     "cudaErrorNvlinkUncorrectable", "cudaErrorTensorMemoryLeak", "cudaErrorUnknown",
 })  # fmt: skip
 ABSENT = frozenset({
     "cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorStubLibrary",
     "cudaErrorInitializationError", "cudaErrorSystemDriverMismatch", "cudaErrorSystemNotReady",
     "cudaErrorCompatNotSupportedOnDevice", "cudaErrorNotSupported", "cudaErrorOperatingSystem",
+    "cudaErrorDevicesUnavailable",  # another process has it for itself, or nobody may
 })  # fmt: skip
 
 
@@ -166,6 +173,27 @@ def gpu(device: str | None = None) -> GPU:
 def use(gpu: GPU) -> None:
     """Make it the GPU of this thread's next calls."""
     call("cudaSetDevice", gpu.number)
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Leave this thread's GPU as it is: around what a garbage collection may do in any thread."""
+    before = None
+    with contextlib.suppress(DdpmEdgeError):  # on a lost GPU nothing works, nor does it matter
+        before = call("cudaGetDevice")
+    try:
+        yield
+    finally:
+        if before is not None:
+            with contextlib.suppress(DdpmEdgeError):
+                call("cudaSetDevice", before)
+
+
+def collected(close: Callable[[], None]) -> None:
+    """Close what nobody closed; for a `__del__`, which may come at any time and in any thread."""
+    if not sys.is_finalizing():
+        with contextlib.suppress(DdpmEdgeError, MemoryError), unchanged():
+            close()
 
 
 def new_stream(gpu: GPU) -> int:

@@ -65,6 +65,7 @@ class OnnxRuntimeEngine:
     max_batch = None
     gpu: cuda.GPU
     stream: int | None = None
+    _session: Any = None
 
     def __init__(
         self,
@@ -79,23 +80,13 @@ class OnnxRuntimeEngine:
             raise RuntimeUnavailableError(
                 f"onnxruntime cannot be imported ({error}); {REMEDY}"
             ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: warnings would go to the app's stderr
-        if not processor.instructions() & VNNI:  # int8: the right sums, not those that overflow
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        # Its threads would spin on after a call, and take the app's CPUs or another runtime's.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if not optimize:
-            level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.graph_optimization_level = level
         provider, number = _provider(device, onnxruntime.get_available_providers())
         source = model if isinstance(model, bytes) else str(model)
         session: Any = None
         if provider == CUDA:
-            session = self._on_gpu(source, options, number)
+            session = self._on_gpu(source, _session_options(threads, optimize), number)
         if session is None:
+            options = _session_options(threads, optimize)
             chosen = [(provider, _cuda_options(number))] if provider == CUDA else []
             providers = [*chosen, "CPUExecutionProvider"]
             session = _open(source, options, providers, by_name=device is not None)
@@ -111,7 +102,7 @@ class OnnxRuntimeEngine:
         self.concurrent = self.stream is None
         self.inputs = {i.name: _spec(i) for i in session.get_inputs()}
         self.outputs = {o.name: _spec(o) for o in session.get_outputs()}
-        self._session: Any = session
+        self._session = session
         self._bound = Bound(session, self.outputs, number) if self.device != "cpu" else None
         self._residents: weakref.WeakSet[OnDevice] = weakref.WeakSet()
         self._options = _run_options()
@@ -173,6 +164,10 @@ class OnnxRuntimeEngine:
                 cuda.call("cudaStreamSynchronize", self.stream)  # what others have queued
                 cuda.call("cudaStreamDestroy", self.stream)
 
+    def __del__(self) -> None:
+        if self.stream is not None:
+            cuda.collected(self.close)
+
     def __enter__(self) -> OnnxRuntimeEngine:
         return self
 
@@ -180,22 +175,27 @@ class OnnxRuntimeEngine:
         self.close()
 
     def _on_gpu(self, source: str | bytes, options: Any, number: int) -> Any:
-        """A session on a stream of ours; None = it cannot be."""
+        """A session on a stream of ours; None = it cannot be.
+
+        All of the model must be on the GPU: what the CPU needs of an input ONNX Runtime copies when
+        it is bound, and would not see what is written there afterwards.
+        """
         _load_cuda_libraries()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.log_severity_level = 4  # what fails is tried again without the stream
+        stream = None
         try:
             self.gpu = cuda.gpu(f"cuda:{number}")
             stream = cuda.new_stream(self.gpu)
+            own = _cuda_options(number) | {"user_compute_stream": str(stream)}
+            session = _open(source, options, [(CUDA, own)], by_name=True)
         except (DdpmEdgeError, MemoryError) as error:
             log.info("ONNX Runtime's arrays do not stay on the GPU: %s", error)
+            if stream is not None:
+                cuda.call("cudaStreamDestroy", stream)
             return None
-        own = _cuda_options(number) | {"user_compute_stream": str(stream)}
-        with contextlib.suppress(EngineError):  # which is met again without the stream
-            session = _open(source, options, [(CUDA, own), "CPUExecutionProvider"], by_name=True)
-            if session.get_providers()[0] == CUDA:
-                self.stream = stream
-                return session
-        cuda.call("cudaStreamDestroy", stream)
-        return None
+        self.stream = stream
+        return session
 
 
 class OnDevice:
@@ -248,6 +248,8 @@ class Bound:
             own.batch = batch
         for name, array in arrays.items():
             own.inputs[name].update_inplace(np.ascontiguousarray(array))
+            # again: what the CPU needs of it is copied at this moment, not when the model runs
+            own.binding.bind_ortvalue_input(name, own.inputs[name])
         self._session.run_with_iobinding(own.binding, options)
         return [np.array(own.outputs[name].numpy()) for name in self._outputs]
 
@@ -260,7 +262,6 @@ class Bound:
             inputs[name] = OrtValue.ortvalue_from_numpy(
                 np.ascontiguousarray(array), self._device, self._number
             )
-            binding.bind_ortvalue_input(name, inputs[name])
         for name, spec in self._outputs.items():
             shape = [batch, *(size or 1 for size in spec.shape[1:])]
             outputs[name] = OrtValue.ortvalue_from_shape_and_type(
@@ -268,6 +269,22 @@ class Bound:
             )
             binding.bind_ortvalue_output(name, outputs[name])
         return binding, inputs, outputs
+
+
+def _session_options(threads: int | None, optimize: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: warnings would go to the app's stderr
+    if not processor.instructions() & VNNI:  # int8: the right sums, not those that overflow
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    # Its threads would spin on after a call, and take the app's CPUs or another runtime's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
 
 
 def _cuda_options(number: int) -> dict[str, str]:

@@ -92,12 +92,12 @@ class TensorRTEngine:
 
     runtime: str
     concurrent = False  # one stream, one memory for activations, one set of buffers
+    _context: Any = None
 
     def __init__(self, engine: bytes, flavour: Flavour, gpu: GPU) -> None:
         trt = flavour.trt
         self.runtime, self.device, self.gpu = flavour.name, gpu.device, gpu
         self._flavour, self._buffers = flavour, Buffers()
-        self._context: Any = None
         self._lost: EngineLostError | None = None
         self._logger = collecting_logger(trt, warnings=logging.WARNING)
         cuda.use(gpu)
@@ -112,6 +112,7 @@ class TensorRTEngine:
             self._scratch = Memory(max(1, int(self._engine.device_memory_size_v2)))
         except MemoryError as error:
             raise _no_memory(flavour, gpu, str(error)) from error
+        self._settings, self._compiled = _settings_of_contexts(trt, self._engine)
         try:
             self._context = self._new_context()
             self.inputs, self.outputs = _specs(trt, self._engine)
@@ -119,6 +120,7 @@ class TensorRTEngine:
             self.min_batch, _, self.max_batch = (int(shape[0]) for shape in shapes)
             self.stream: int = cuda.new_stream(gpu)
         except BaseException:
+            self._context = None
             self._scratch.free()
             raise
 
@@ -148,7 +150,7 @@ class TensorRTEngine:
 
     def _new_context(self) -> Any:
         """A context; one stream runs all of them in turn, so that they share their memory."""
-        context = _context_without_memory(self._flavour.trt, self._engine)
+        context = self._engine.create_execution_context(self._settings)
         if context is None:
             raise _no_memory(self._flavour, self.gpu, self._logger.said())
         context.set_device_memory(self._scratch.address, self._scratch.size)
@@ -206,14 +208,19 @@ class TensorRTEngine:
         """Free the engine and its memory (see `Engine`)."""
         if self._context is None:
             return
-        self._context = self._engine = self._runtime = None  # in this order
-        with contextlib.suppress(EngineLostError):  # nothing can be freed on a lost GPU
+        with contextlib.suppress(EngineLostError):  # on a lost GPU nothing can be waited for
             if self._lost is None:
                 cuda.use(self.gpu)
-                cuda.call("cudaStreamSynchronize", self.stream)  # what others have queued
+                cuda.call("cudaStreamSynchronize", self.stream)  # what is still queued
+        self._context = self._engine = self._runtime = None  # in this order
+        with contextlib.suppress(EngineLostError):  # nor freed
+            if self._lost is None:
                 self._buffers.free()
                 self._scratch.free()
                 cuda.call("cudaStreamDestroy", self.stream)
+
+    def __del__(self) -> None:
+        cuda.collected(self.close)
 
     def __enter__(self) -> TensorRTEngine:
         return self
@@ -222,21 +229,24 @@ class TensorRTEngine:
         self.close()
 
 
-def _context_without_memory(trt: Any, engine: Any) -> Any:
-    """A context whose kernels do not change after its first call; None = it cannot be.
+def _settings_of_contexts(trt: Any, engine: Any) -> tuple[Any, Any]:
+    """What contexts without memory of their own are made with, and what must outlive them.
 
-    TensorRT for RTX would begin with others and compile those for the batch in the background: a
-    graph that was captured meanwhile would keep the slow ones.
+    TensorRT for RTX would begin with slower kernels and compile those for the batch in the
+    background: a graph that was captured meanwhile would keep the slow ones. So it compiles before
+    the first call; what it has compiled, other contexts find in a cache.
     """
     by_caller = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
     new_settings = getattr(engine, "create_runtime_config", None)
     if strategies is None or new_settings is None:
-        return engine.create_execution_context(by_caller)
+        return by_caller, None
     settings = new_settings()
     settings.set_execution_context_allocation_strategy(by_caller)
     settings.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-    return engine.create_execution_context(settings)
+    compiled = settings.create_runtime_cache()
+    settings.set_runtime_cache(compiled)
+    return settings, compiled
 
 
 def _no_memory(flavour: Flavour, gpu: GPU, said: str) -> OutOfMemoryError:
@@ -250,7 +260,7 @@ class Enqueued:
     """An evaluation whose arrays stay on the GPU (see `Resident`)."""
 
     def __init__(self, engine: TensorRTEngine, context: Any) -> None:
-        self._engine, self._context = engine, context
+        self._context, self._engine = context, engine  # freed in this order
         asked = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX knows
         self.capturable = asked is None or bool(asked(engine.stream))
 

@@ -67,7 +67,7 @@ class FakeCuda(ModuleType):
         self.numbers = itertools.count(1000)
         self.calls: list[str] = []
         self.working = threading.RLock()
-        self.chosen: set[int] = set()  # threads that have chosen a GPU
+        self.chosen: dict[int, int] = {}  # GPUs by the threads that have chosen one
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -96,8 +96,11 @@ class FakeCuda(ModuleType):
         )  # fmt: skip
 
     def cudaSetDevice(self, number: int) -> Any:
-        self.chosen.add(threading.get_ident())
+        self.chosen[threading.get_ident()] = number
         return None if number < len(self.names) else CudaError.cudaErrorInvalidValue
+
+    def cudaGetDevice(self) -> Any:
+        return self.chosen.get(threading.get_ident(), 0)
 
     def cudaGetErrorString(self, error: CudaError) -> Any:
         return b"words of the driver"
@@ -148,6 +151,7 @@ class FakeCuda(ModuleType):
     # Events
 
     def cudaEventCreateWithFlags(self, flags: int) -> Any:
+        self.has_chosen()
         assert flags == 3
         event = next(self.numbers)
         self.events[event] = None
@@ -199,6 +203,7 @@ class FakeCuda(ModuleType):
     # Kernels
 
     def cuModuleLoadData(self, image: bytes) -> Any:
+        self.has_chosen()
         assert b".entry begin(" in image[:-1] == image.rstrip(b"\0")
         self.modules.add(module := next(self.numbers))
         return module
@@ -208,6 +213,7 @@ class FakeCuda(ModuleType):
         return (b"begin", b"advance").index(name)
 
     def cuModuleUnload(self, module: int) -> Any:
+        self.has_chosen()
         self.modules.remove(module)
 
     def cuLaunchKernel(self, kernel: int, *arguments: int) -> Any:
@@ -218,8 +224,11 @@ class FakeCuda(ModuleType):
 
     # What is behind it
 
-    def queue(self, stream: int, job: Callable[[], None]) -> None:
+    def has_chosen(self) -> None:
         assert threading.get_ident() in self.chosen, "this thread has not chosen its GPU"
+
+    def queue(self, stream: int, job: Callable[[], None]) -> None:
+        self.has_chosen()
         self.captured.get(stream, self.streams[stream]).append(job)
 
     def work(self, stream: int, jobs: int) -> None:
@@ -233,6 +242,7 @@ class FakeCuda(ModuleType):
             self.work(stream, len(jobs))
 
     def _allocate(self, where: str, size: int) -> Any:
+        self.has_chosen()
         assert not self.captured, "memory is allocated while a stream is captured"
         both = ("device", "host") if self.integrated else ("device",)
         used = sum(len(block) for kind in both for block in self.blocks[kind].values())

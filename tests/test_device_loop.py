@@ -10,6 +10,7 @@ import ctypes
 import gc
 import itertools
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,10 @@ def test_states_are_not_multiplied_and_added_at_once() -> None:
     """float32 is rounded after every operation, as NumPy does; the draws are float64."""
     ptx = step_on_cpu.SOURCE.with_suffix(".ptx").read_text()
     assert "fma.rn.f32" not in ptx
-    assert "mul.f32" in ptx or "mul.rn.f32" in ptx
+    # without a rounding of its own, ptxas may join one with the next
+    assert set(re.findall(r"\b(?:add|sub|mul)(?:\.\w+)?\.f32", ptx)) == {
+        "add.rn.f32", "sub.rn.f32", "mul.rn.f32"
+    }  # fmt: skip
 
 
 # Plans
@@ -469,12 +473,6 @@ def test_a_callback_stops_it(load: Load) -> None:
         np.testing.assert_array_equal(ours.images, theirs.images)
 
 
-def test_a_callback_that_looks_at_nothing(load: Load, gpu: FakeCuda) -> None:
-    seen: list[int] = []
-    load("device").run(1, seed=0, steps=9, callback=lambda step: seen.append(step.index))
-    assert seen == list(range(9))
-
-
 def test_a_deadline_waits_for_the_steps(load: Load, gpu: FakeCuda) -> None:
     generator = load("device")
     generator.sample(1, seed=0, steps=5)
@@ -678,15 +676,23 @@ def test_what_cannot_be_captured_is_warmed_up_once(load: Load, gpu: FakeCuda) ->
     assert len(engine.questions) - asked == first.plan.evaluations
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_what_is_warm_has_its_graph(load: Load, gpu: FakeCuda, guided: bool) -> None:
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"label": 1, "guidance": 2.0},
+     {"label": 1, "guidance": 2.0, "guidance_interval": (200, 700)}],
+    ids=["plain", "guided", "guided within an interval"],
+)  # fmt: skip
+def test_what_is_warm_has_its_graphs(load: Load, gpu: FakeCuda, call: dict[str, Any]) -> None:
     generator = load("device")
-    if guided:  # a budget is kept by quick steps, and latencies are measured without guidance
-        call: dict[str, Any] = {"label": 1, "guidance": 2.0}
+    if call:  # a budget is kept by quick steps, and latencies are measured without guidance
+        warm, known = generator._warm_up_for, []
+        generator._warm_up_for = lambda request: (  # type: ignore[method-assign]
+            warm(request), known.append(gpu.calls.count("cudaStreamBeginCapture"))
+        )  # fmt: skip
         generator.run(2, budget_ms=1e6, seed=0, **call)
+        assert gpu.calls.count("cudaStreamBeginCapture") == known[-1]  # none in what is timed
     else:
         generator.warmup(2)
-        call = {}
     before = gpu.calls.count("cudaStreamBeginCapture")
     generator.sample(2, seed=0, steps=6, **call)
     assert gpu.calls.count("cudaStreamBeginCapture") == before > 0
@@ -717,6 +723,35 @@ def test_a_generator_that_is_collected_in_the_midst_of_a_call(load: Load, gpu: F
     finally:
         gc.enable()
     np.testing.assert_array_equal(got, expected)
+
+
+def test_a_collection_leaves_the_threads_gpu_as_it_is(load: Load, gpu: FakeCuda) -> None:
+    gpu.names = ("Orin", "Orin")
+    steps = load("device").stream(1, seed=0, steps=9)
+    step = next(steps)
+    gpu.cudaSetDevice(1)  # the app's own
+    del steps
+    gc.collect()
+    assert np.isfinite(step.x).all()  # what is still held was copied all the same
+    assert gpu.chosen[threading.get_ident()] == 1
+
+
+def test_closing_by_a_thread_that_never_used_the_gpu(load: Load, gpu: FakeCuda) -> None:
+    generator = load("device")
+    generator.sample(1, seed=0, steps=2)
+    generator._open()._loops._keep_idle(0)  # type: ignore[union-attr]  # as after a lack of memory
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(generator.close).result(20)
+    assert not gpu.modules
+    assert not gpu.streams
+
+
+def test_what_nobody_closed_is_freed(gpu: FakeCuda, toy: GpuToy) -> None:
+    Generator(Bundle.open(), toy, "fp32").sample(1, seed=0, steps=2)
+    gc.collect()
+    assert not any([gpu.events, gpu.modules, gpu.graphs, *gpu.blocks.values()])
+    assert not toy.closed  # that is of whom it belongs to
+    toy.close()
 
 
 def test_a_step_of_another_run_is_not_read(load: Load, toy: GpuToy, gpu: FakeCuda) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Iterator
@@ -41,9 +42,9 @@ class Binding:
 class Session:
     """What a session on CUDA does, as far as it is used."""
 
-    def __init__(self, machine: Machine, options: dict[str, str], model: Any, session: Any) -> None:
+    def __init__(self, machine: Machine, options: dict[str, str], model: Any) -> None:
         self.machine, self.options = machine, options
-        self.real = REAL(model, session, ["CPUExecutionProvider"])
+        self.real = REAL(model, providers=["CPUExecutionProvider"])
         self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
 
     def get_providers(self) -> list[str]:
@@ -67,14 +68,19 @@ class Machine:
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda, self.fail, self.runs = cuda, None, 0
+        self.needs_the_cpu = False  # a node of the model
         self.opened: list[dict[str, str]] = []
 
     def session(self, model: Any, options: Any, providers: Any, enable_fallback: int) -> Any:
         if isinstance(providers[0], str):
             return REAL(model, options, providers)
-        own = providers[0][1]
+        (_, own), *rest = providers
+        if not rest:  # as ONNX Runtime refuses both, the flag and the CPU by name
+            assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+            if self.needs_the_cpu:
+                raise RuntimeError("nodes that are assigned to the default CPU EP")
         self.opened.append(own)
-        return Session(self, own, model, options)
+        return Session(self, own, model)
 
 
 @pytest.fixture
@@ -125,6 +131,30 @@ def test_without_cuda_bindings_the_loop_runs_on_the_host(
         assert engine.device == "cuda:0"
         assert engine.concurrent
     assert "arrays do not stay on the GPU: CUDA does not work" in caplog.text
+
+
+def test_a_model_that_needs_the_cpu_runs_with_the_loop_on_the_host(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the CPU reads of a bound input is a copy of when it was bound."""
+    machine.needs_the_cpu = True
+    with caplog.at_level(logging.INFO, "ddpm_edge"), OnnxRuntimeEngine(MODEL, "cuda") as engine:
+        assert (engine.device, gpu_engine(engine)) == ("cuda:0", None)
+    assert "arrays do not stay on the GPU: ONNX Runtime cannot load the model: nodes" in caplog.text
+    assert not machine.cuda.streams
+
+
+def test_what_nobody_closed_is_freed(machine: Machine) -> None:
+    generator = Generator.load(runtime="onnxruntime", device="cuda")
+    generator.sample(1, seed=0, steps=2)
+    steps = generator.stream(1, seed=0, steps=3)
+    del generator
+    assert len(list(steps)) == 3  # as long as something of it is at work it goes on
+    del steps
+    gc.collect()
+    cuda = machine.cuda
+    assert not any([cuda.streams, cuda.events, cuda.modules])
+    assert not any(cuda.blocks.values())
 
 
 def test_closing_frees_the_stream(machine: Machine) -> None:

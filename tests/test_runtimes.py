@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ddpm_edge.errors import (
     RuntimeUnavailableError,
 )
 from ddpm_edge.runtimes import Engine, onnx_runtime, open_engine, select
-from ddpm_edge.runtimes.base import check_inputs
+from ddpm_edge.runtimes.base import TensorSpec, check_inputs
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -361,6 +362,30 @@ def test_bound_inputs_and_outputs(engine: Engine) -> None:
         kept.append((got, engine(inputs)["prediction"]))
     for got, expected in kept:  # no answer is overwritten by a later one
         np.testing.assert_array_equal(got, expected)
+
+
+def test_bound_inputs_are_bound_again_when_they_change() -> None:
+    """ONNX Runtime copies what the CPU needs of an input when it is bound, not when it runs."""
+
+    class Binding:
+        def __init__(self) -> None:
+            self.copies: dict[str, np.ndarray] = {}
+
+        def bind_ortvalue_input(self, name: str, value: Any) -> None:
+            self.copies[name] = np.copy(value.numpy())
+
+        def bind_ortvalue_output(self, name: str, value: Any) -> None:
+            self.output = value
+
+    def run(binding: Binding, options: Any) -> None:
+        binding.output.update_inplace(binding.copies["x"] + 1)
+
+    session = SimpleNamespace(io_binding=Binding, run_with_iobinding=run)
+    specs = {"prediction": TensorSpec((None, 2), np.dtype(np.float32))}
+    bound = onnx_runtime.Bound(session, specs, 0, "cpu")
+    for value in (1.0, 5.0):
+        (answer,) = bound.run({"x": np.full((3, 2), value, np.float32)}, 3, None)
+        assert (answer == value + 1).all()
 
 
 def test_bound_arrays_are_each_threads_own(engine: Engine) -> None:

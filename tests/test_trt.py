@@ -121,20 +121,26 @@ def test_rtx_compiles_for_the_batch_before_a_graph_is_captured(
     gpu: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT for RTX alone has such a strategy, and begins with slower kernels without it."""
-    engine = TensorRTEngine(engine_bytes(gpu), flavour_for(cuda.gpu()), cuda.gpu())
-    assert engine.resident(1, {}).capturable
+    made = engine_bytes(gpu), flavour_for(cuda.gpu()), cuda.gpu()
+    with TensorRTEngine(*made) as engine:
+        assert engine.resident(1, {}).capturable
+        assert engine._engine.settings == ["USER_MANAGED"] * 2
     strategies = SimpleNamespace(EAGER="eager")
     monkeypatch.setattr(gpu, "DynamicShapesKernelSpecializationStrategy", strategies, raising=False)
-    inner = engine._engine
-    inner.create_runtime_config = lambda: SimpleNamespace(
-        set_execution_context_allocation_strategy=strategies_set.append
+    told: list[str] = []
+    config = SimpleNamespace(
+        set_execution_context_allocation_strategy=told.append,
+        create_runtime_cache=lambda: "a cache",
+        set_runtime_cache=told.append,
     )
-    strategies_set: list[str] = []
-    engine.resident(1, {})
-    assert inner.settings[:2] == ["USER_MANAGED"] * 2
-    assert inner.settings[2].dynamic_shapes_kernel_specialization_strategy == "eager"
-    assert strategies_set == ["USER_MANAGED"]
-    engine.close()
+    monkeypatch.setattr(
+        fake_gpu.FakeEngine, "create_runtime_config", lambda _: config, raising=False
+    )
+    with TensorRTEngine(*made) as engine:
+        engine.resident(1, {})
+        assert engine._engine.settings == [config] * 2  # what one compiles, the others find
+    assert told == ["USER_MANAGED", "a cache"]
+    assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
 @pytest.mark.parametrize("capturable", [True, False])
