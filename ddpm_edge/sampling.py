@@ -64,7 +64,7 @@ class Network:
         if loop == "device" and on_gpu is None:
             raise ConfigError(
                 f"loop='device' needs an engine whose arrays stay on a GPU, and {engine.runtime} "
-                f"on {engine.device} is none; leave loop out"
+                f"on {engine.device} is none (on a GPU, the log says why); leave loop out"
             )
         self.loop = loop
         self._loops: DeviceLoops | None = None

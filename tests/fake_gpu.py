@@ -34,6 +34,7 @@ from ddpm_edge.runtimes.onnx_runtime import OnnxRuntimeEngine
 class CudaError(enum.IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorDevicesUnavailable = 46
     cudaErrorNoDevice = 100
     cudaErrorIllegalAddress = 700
     cudaErrorLaunchFailure = 719

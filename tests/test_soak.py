@@ -41,6 +41,16 @@ def test_slope_leaves_out_the_warm_up() -> None:
     assert soak.slope(readings) == 0
 
 
+def test_a_piece_more_of_a_gpu_is_no_leak() -> None:
+    readings = np.full(1000, 64 * soak.PIECE)
+    readings[500:] += soak.PIECE
+    assert soak.slope(readings) > soak.LIMIT
+    assert not soak.grows(readings, soak.PIECE)
+    assert soak.grows(readings, 0)
+    readings[800:] += soak.PIECE
+    assert soak.grows(readings, soak.PIECE)
+
+
 def test_resident_memory_grows_with_what_is_held() -> None:
     before = soak.resident()
     held = np.ones(8_000_000)  # 64 MB

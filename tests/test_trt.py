@@ -293,6 +293,18 @@ def test_no_gpu_is_found_before_tensorrt_is_touched(gpu: FakeTensorRT) -> None:
         assert generator.runtime == "onnxruntime on cpu"
 
 
+def test_a_gpu_that_another_process_has_for_itself(gpu: FakeTensorRT) -> None:
+    build()
+    gpu.cuda.fail["cudaSetDevice"] = CudaError.cudaErrorDevicesUnavailable
+    with pytest.raises(RuntimeUnavailableError, match="DevicesUnavailable"):
+        Generator.load(runtime="tensorrt")
+    with Generator.load() as generator:
+        assert generator.runtime == "onnxruntime on cpu"
+    gpu.cuda.fail.clear()
+    with Generator.load(runtime="tensorrt") as generator:
+        generator.sample(1, seed=0, steps=1)
+
+
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [("Orin", "tensorrt"), ("NVIDIA GeForce RTX 4070", "tensorrt_rtx"), ("NVIDIA L4", "tensorrt"),

@@ -7,9 +7,9 @@
 Contenders: torch as one writes it (eager), and `torch.compile(mode="reduce-overhead")`, each in
 float32, in TF32 and in autocast to float16, with the state on the GPU; ddpm-edge on ONNX Runtime's
 CUDA provider and on the TensorRT that is there, in float32 and float16, with the loop on the device
-and on the host. They take turns in one process; a turn is a DDIM run of `--steps`, after one that
-is not timed. A ratio is of two turns of one round; printed is the geometric mean. The images of all
-contenders are compared with those of eager float32 first.
+and on the host. They take turns in one process; a turn is a DDIM run of `--steps`, and the first
+round of turns is not timed. A ratio is of two turns of one round; printed is the geometric mean.
+The images of all contenders are compared with those of eager float32 first.
 
 It needs the extras [export] and [gpu] or [tensorrt], for torch a build with CUDA. What cannot run
 here is listed with the reason. It has not run on a GPU yet.
@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_edge import Bundle, Generator, noise, samplers
 from ddpm_edge.bench import bench
+from ddpm_edge.build import BuildOptions, build
 from ddpm_edge.errors import DdpmEdgeError
 from ddpm_edge.export import export
 from ddpm_edge.schedule import Schedule
@@ -101,7 +102,6 @@ def torchs(model: Model, batch: int, precision: str, compiled: bool) -> Run:
     """The loop as one writes it in torch, its state on the GPU; images in [-1, 1]."""
     network: Any = model.network
     if compiled:
-        torch.compiler.reset()
         network = torch.compile(network, mode="reduce-overhead")
     start = torch.from_numpy(noise.Draws(SEED, 0, (batch, *model.shape)).prior())
     _, t, *label = model.inputs(batch, model.device)
@@ -122,12 +122,21 @@ def torchs(model: Model, batch: int, precision: str, compiled: bool) -> Run:
     return run
 
 
-def ours(model: Model, batch: int, runtime: str, variant: str, loop: str) -> Run:
-    """ddpm-edge."""
-    generator = Generator.load(
-        model.path, runtime=runtime, variant=variant, device=model.device, loop=loop,
-        build="missing" if runtime == "tensorrt" else "never",
-    )  # fmt: skip
+def where(model: Model, batch: int, runtime: str, variant: str) -> dict[str, Any]:
+    """How ddpm-edge is loaded; TensorRT's engine is built for this batch, as torch compiles."""
+    found: dict[str, Any] = {"variant": variant, "device": model.device}
+    if runtime == "tensorrt":
+        found["cache_dir"] = model.path.with_name(f"{model.path.name} {batch} {variant}")
+        build(model.path, options=BuildOptions(max_batch=batch, best_batch=batch), **found)
+    return found | {"runtime": runtime}
+
+
+def ours(
+    model: Model, batch: int, runtime: str, variant: str, loop: str, stack: contextlib.ExitStack
+) -> Run:
+    """ddpm-edge; the stack closes it."""
+    arguments = where(model, batch, runtime, variant)
+    generator = stack.enter_context(Generator.load(model.path, loop=loop, **arguments))
 
     def run(steps: int) -> np.ndarray:
         return generator.sample(
@@ -137,7 +146,9 @@ def ours(model: Model, batch: int, runtime: str, variant: str, loop: str) -> Run
     return run
 
 
-def contenders(model: Model, batch: int) -> Iterator[tuple[str, str, Callable[[], Run]]]:
+def contenders(
+    model: Model, batch: int, stack: contextlib.ExitStack
+) -> Iterator[tuple[str, str, Callable[[], Run]]]:
     """Name, precision and what makes it run."""
     on_gpu = model.device != "cpu"
     for precision in ("fp32", "tf32", "fp16") if on_gpu else ("fp32",):
@@ -153,16 +164,19 @@ def contenders(model: Model, batch: int) -> Iterator[tuple[str, str, Callable[[]
                 yield (
                     f"ddpm-edge {runtime} {variant}, loop on the {loop}",
                     variant,
-                    lambda r=runtime, v=variant, w=loop: ours(model, batch, r, v, w),
+                    lambda r=runtime, v=variant, w=loop: ours(model, batch, r, v, w, stack),
                 )
 
 
-def compare(model: Model, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(
+    model: Model, batch: int, options: argparse.Namespace, stack: contextlib.ExitStack
+) -> list[dict[str, Any]]:
     """A row for each contender."""
+    torch.compiler.reset()  # no shapes of the batch before; afterwards it would compile again
     rows: list[dict[str, Any]] = []
     running: dict[str, Run] = {}
     images: dict[str, np.ndarray] = {}
-    for name, precision, make in contenders(model, batch):
+    for name, precision, make in contenders(model, batch, stack):
         row: dict[str, Any] = {"contender": name, "precision": precision, "batch": batch}
         rows.append(row)
         try:
@@ -178,11 +192,12 @@ def compare(model: Model, batch: int, options: argparse.Namespace) -> list[dict[
         if not off <= TOLERANCE.get(precision, np.inf):
             raise SystemExit(f"{name} makes other images than {EAGER}: {off} apart")
     seconds: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(options.rounds):
+    for number in range(options.rounds + 1):
         for name, run in running.items():
             before = time.perf_counter()
             run(options.steps)
-            seconds[name].append(time.perf_counter() - before)
+            if number:  # the first round finds what making the others has thrown out
+                seconds[name].append(time.perf_counter() - before)
     for row in rows:
         name = row["contender"]
         if name not in running:
@@ -215,17 +230,19 @@ def kernels(run: Run, steps: int, trace: Path) -> float:
     return 100 * busy / 1e6 / seconds
 
 
-def loops(model: Model, batch: int) -> dict[str, float]:
-    """What the loop itself costs of a step, in percent, where it runs on the device."""
-    found = {}
+def loops(model: Model, batch: int) -> dict[str, float | str]:
+    """What the loop itself costs of a step, in percent, or why it does not run on the device."""
+    found: dict[str, float | str] = {}
     for runtime in ("onnxruntime", "tensorrt"):
         for variant in ("fp32", "fp16"):
-            with contextlib.suppress(DdpmEdgeError):
+            try:
                 report = bench(
-                    model.path, batches=[batch], runs=5, runtime=runtime, variant=variant,
-                    device=model.device, sampler="ddim", loop="device",
+                    model.path, batches=[batch], runs=5, sampler="ddim", loop="device",
+                    **where(model, batch, runtime, variant),
                 )  # fmt: skip
                 found[f"{runtime} {variant}"] = report.batches[0].loop_percent
+            except (DdpmEdgeError, MemoryError) as error:
+                found[f"{runtime} {variant}"] = str(error).strip().splitlines()[0]
     return found
 
 
@@ -260,6 +277,9 @@ def verdicts(results: dict[str, Any]) -> Iterator[str]:
             )
         for batch, shares in found["loop_percent"].items():
             for who, share in shares.items():
+                if isinstance(share, str):
+                    yield f"{name}, batch {batch}, {who}: the loop's share is not known: {share}"
+                    continue
                 said = "as asked" if share < 3 else "NOT as asked"
                 yield f"{name}, batch {batch}, {who}: the loop takes {share:.1f} %: {said}"
 
@@ -307,7 +327,8 @@ def main() -> None:
             found: dict[str, Any] = {"gflop": model.gflop, "rows": [], "loop_percent": {}}
             results["models"][name] = found
             for batch in options.batch or BATCHES:
-                found["rows"] += compare(model, batch, options)
+                with contextlib.ExitStack() as stack:
+                    found["rows"] += compare(model, batch, options, stack)
                 if options.device != "cpu":
                     found["loop_percent"][batch] = loops(model, batch)
                 if options.json:
