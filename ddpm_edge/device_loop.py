@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any, ClassVar, NamedTuple, cast
@@ -432,6 +433,7 @@ class DeviceLoops:
         lock: contextlib.AbstractContextManager[object],
     ) -> None:
         self._manifest, self._engine, self._lock = manifest, engine, lock
+        self._pid = os.getpid()
         self._kernels: cuda.Kernels | None = None
         self._broken = ""
         self._idle: list[DeviceLoop] = []  # the last one used at the end
@@ -523,7 +525,7 @@ class DeviceLoops:
             self._free()
 
     def __del__(self) -> None:
-        cuda.collected(self.close)
+        cuda.collected(self.close, self._pid)
 
     def _end(self, error: DdpmEdgeError) -> None:
         """Let every further use raise this."""

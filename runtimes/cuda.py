@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -189,9 +190,14 @@ def unchanged() -> Iterator[None]:
                 call("cudaSetDevice", before)
 
 
-def collected(close: Callable[[], None]) -> None:
-    """Close what nobody closed; for a `__del__`, which may come at any time and in any thread."""
-    if not sys.is_finalizing():
+def collected(close: Callable[[], None], pid: int) -> None:
+    """Close what nobody closed; for a `__del__`, which may come at any time and in any thread.
+
+    Args:
+        close: what frees it.
+        pid: of the process that made it: a forked child has neither its GPU nor its locks.
+    """
+    if os.getpid() == pid and not sys.is_finalizing():
         with contextlib.suppress(DdpmEdgeError, MemoryError), unchanged():
             close()
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import threading
 import time
 import weakref
@@ -102,7 +103,7 @@ class OnnxRuntimeEngine:
         self.concurrent = self.stream is None
         self.inputs = {i.name: _spec(i) for i in session.get_inputs()}
         self.outputs = {o.name: _spec(o) for o in session.get_outputs()}
-        self._session = session
+        self._session, self._pid = session, os.getpid()
         self._bound = Bound(session, self.outputs, number) if self.device != "cpu" else None
         self._residents: weakref.WeakSet[OnDevice] = weakref.WeakSet()
         self._options = _run_options()
@@ -165,8 +166,8 @@ class OnnxRuntimeEngine:
                 cuda.call("cudaStreamDestroy", self.stream)
 
     def __del__(self) -> None:
-        if self.stream is not None:
-            cuda.collected(self.close)
+        if self._session is not None and self.stream is not None:
+            cuda.collected(self.close, self._pid)
 
     def __enter__(self) -> OnnxRuntimeEngine:
         return self

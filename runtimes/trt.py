@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,6 +98,7 @@ class TensorRTEngine:
     def __init__(self, engine: bytes, flavour: Flavour, gpu: GPU) -> None:
         trt = flavour.trt
         self.runtime, self.device, self.gpu = flavour.name, gpu.device, gpu
+        self._pid = os.getpid()
         self._flavour, self._buffers = flavour, Buffers()
         self._lost: EngineLostError | None = None
         self._logger = collecting_logger(trt, warnings=logging.WARNING)
@@ -220,7 +222,7 @@ class TensorRTEngine:
                 cuda.call("cudaStreamDestroy", self.stream)
 
     def __del__(self) -> None:
-        cuda.collected(self.close)
+        cuda.collected(self.close, self._pid)
 
     def __enter__(self) -> TensorRTEngine:
         return self

@@ -746,10 +746,21 @@ def test_closing_by_a_thread_that_never_used_the_gpu(load: Load, gpu: FakeCuda) 
     assert not gpu.streams
 
 
-def test_what_nobody_closed_is_freed(gpu: FakeCuda, toy: GpuToy) -> None:
-    Generator(Bundle.open(), toy, "fp32").sample(1, seed=0, steps=2)
-    gc.collect()
-    assert not any([gpu.events, gpu.modules, gpu.graphs, *gpu.blocks.values()])
+@pytest.mark.parametrize("forked", [False, True])
+def test_what_nobody_closed_is_freed(
+    gpu: FakeCuda, toy: GpuToy, monkeypatch: pytest.MonkeyPatch, forked: bool
+) -> None:
+    generator = Generator(Bundle.open(), toy, "fp32")
+    generator.sample(1, seed=0, steps=2)
+    gpu.calls.clear()
+    with monkeypatch.context() as patch:
+        if forked:
+            patch.setattr("os.getpid", lambda: 0)
+        del generator
+        gc.collect()
+    left = [gpu.events, gpu.modules, gpu.graphs, *gpu.blocks.values()]
+    assert all(left) if forked else not any(left)
+    assert bool(gpu.calls) != forked  # a child's locks may be held by a thread that it has not
     assert not toy.closed  # that is of whom it belongs to
     toy.close()
 
