@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from ddpm_edge.arrays import Array, Bool, Float32, UInt8
 from ddpm_edge.errors import ConfigError, DataError, warn
 from ddpm_edge.files import write_bytes
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+ALPHA = ("LA", "PA", "RGBA", "RGBa")  # Pillow's modes with transparency
+BACKGROUND = "white"
 ROUNDING = 1e-3  # how far outside [-1, 1] a float image may be
 
 
@@ -114,6 +119,8 @@ def to_images(x: Array, dtype: str = "uint8") -> Array:
 def read_image(path: str | Path, channels: int = 3) -> UInt8:
     """An image file, as its EXIF tag turns it, as uint8 (H, W, C); C = 1 (gray) or 3 (RGB).
 
+    It is laid on white where it is transparent, as images for training are.
+
     Raises:
         DataError: not an image, or one of 16 or more bits a channel.
         OSError: the file cannot be opened.
@@ -125,7 +132,7 @@ def read_image(path: str | Path, channels: int = 3) -> UInt8:
             image = ImageOps.exif_transpose(Image.open(file))
             if image.mode[0] in "IF":
                 raise DataError(f"{path} has 16 or more bits a channel; convert it to 8")
-            array: UInt8 = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            array: UInt8 = np.asarray(flat(image, "L" if channels == 1 else "RGB"))
         except UnidentifiedImageError as error:
             raise DataError(f"{path} is not an image of a format that Pillow reads") from error
         except (OSError, SyntaxError, EOFError) as error:  # cut short, or damaged
@@ -133,6 +140,16 @@ def read_image(path: str | Path, channels: int = 3) -> UInt8:
         except Image.DecompressionBombError as error:
             raise DataError(f"{path} has more pixels than Pillow trusts; shrink it") from error
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def flat(image: Image.Image, mode: str) -> Image.Image:
+    """An image of Pillow in mode L or RGB, on white where it is transparent."""
+    from PIL import Image
+
+    if image.mode in ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    return image.convert(mode)
 
 
 def to_png(image: Array) -> bytes:
@@ -158,7 +175,14 @@ def to_png(image: Array) -> bytes:
 
 
 def save_image(image: Array, path: str | Path) -> None:
-    """Write one image as PNG (see `to_png`); atomic."""
+    """Write one image as PNG (see `to_png`); atomic.
+
+    Raises:
+        ConfigError: no such image, or a name of another format.
+        OSError: the path cannot be written.
+    """
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise ConfigError(f"images are written as .png; got {path}")
     write_bytes(path, to_png(image))
 
 
@@ -193,7 +217,7 @@ def save_grid(
     """Write images (N, H, W, C) uint8 as one PNG; small ones are enlarged to about 64 pixels.
 
     Raises:
-        ConfigError: not uint8 images of that shape.
+        ConfigError: not uint8 images of that shape, or a name of another format.
         OSError: the path cannot be written.
     """
     save_image(grid(images, columns, scale), path)

@@ -222,6 +222,6 @@ def enough_memory(batch: int) -> Iterator[None]:
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""  # Python's own says nothing
         raise OutOfMemoryError(
-            f"not enough memory for {batch} samples at once{reason}; give a smaller batch= (for a "
-            "stream or a warm-up, a smaller n)"
+            f"not enough memory for {batch} samples at once{reason}; give a smaller batch= (where "
+            "that cannot be less, a smaller n, and the others by first=)"
         ) from error

@@ -115,8 +115,8 @@ def write_repository(
         name: of the loop; None = the bundle's name.
         engine: a file that `ddpm-edge build -o` wrote, for the TensorRT backend of the same
             TensorRT on the same GPU; None = the ONNX Runtime backend.
-        max_batch: of the network, guidance asks about each sample twice; of an engine, no more than
-            it was built for. None = what `build` takes.
+        max_batch: images of one evaluation, twice as many for the network where guidance can ask
+            twice; of an engine, no more than it was built for. None = what `build` takes.
         loops: that run at once.
         max_images: of one request.
 
@@ -131,9 +131,8 @@ def write_repository(
     manifest, path = bundle.manifest, Path(path)
     name = _model_name(manifest.name if name is None else name)
     network = f"{name}-network"
-    guided = bool(manifest.class_names) and manifest.null_label is not None
-    most = BuildOptions().profile(manifest).most if max_batch is None else max_batch
-    most = checks.whole("max_batch", most, least=2 if guided else 1, most=MOST_BATCH)
+    options = BuildOptions() if max_batch is None else BuildOptions(max_batch)
+    most = options.profile(manifest).most
     loops = checks.whole("loops", loops, most=MOST_BATCH)
     max_images = checks.whole("max_images", max_images, most=MOST_IMAGES)
     variant, model = bundle.model(variant)

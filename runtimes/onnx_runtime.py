@@ -31,6 +31,10 @@ from ddpm_edge.runtimes.interrupt import interruptibly, sees_interrupts
 
 log = logging.getLogger("ddpm_edge")
 
+# From 1.32 on it reports to its makers and writes to ~/.cache/Microsoft, unless it is told not to
+# before it is imported. Who wants that sets 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 NAME = "onnxruntime"
 REMEDY = "pip install 'ddpm-edge[cpu]', or 'ddpm-edge[gpu]' for an NVIDIA GPU"
 DTYPES: dict[str, np.dtype[Any]] = {

@@ -4,7 +4,7 @@
 
 KNOWN are images like those that the model was trained with, but none of them; NEW are judged. Both
 are a folder of images, or an .npz or .npy file. At most one in twenty known images is flagged.
-docs/evaluate.md says what likelihood sees, and what it does not.
+It needs ddpm-edge[evaluate]; docs/evaluate.md says what likelihood sees, and what it does not.
 """
 
 import sys

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -281,3 +283,13 @@ def test_train_refuses_before_it_starts(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "no data at 'nothing'" in result.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_has_enough() -> None:
+    """As `ddpm-edge info | head -1`."""
+    command = [sys.executable, "-m", "ddpm_edge", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from click.testing import CliRunner
 
 from ddpm_edge import Bundle, Generator
 from ddpm_edge.cli import main
-from ddpm_edge.data import FASHION_MNIST_PATH, Dataset, load
+from ddpm_edge.cli.evaluate import feature_network
+from ddpm_edge.data import FASHION_MNIST_CLASSES, FASHION_MNIST_PATH, Dataset, load
 from ddpm_edge.errors import ConfigError
 from ddpm_edge.evaluate import (
     Evaluation,
@@ -220,3 +222,14 @@ def test_command_refuses(arrays: Path, words: list[str], message: str) -> None:
     done = CliRunner().invoke(main, ["evaluate", "--data", str(arrays), *words])
     assert done.exit_code in (1, 2)
     assert message in done.output
+
+
+def test_the_built_in_features_know_fashion_mnist_by_its_classes() -> None:
+    pytest.importorskip("onnxruntime")
+    images = np.zeros((20, 1, 28, 28), np.uint8)
+    theirs = Dataset("a folder", images, np.arange(20) % 10, tuple("abcdefghij"))
+    assert feature_network(None, theirs) is None
+    known = feature_network(None, replace(theirs, class_names=FASHION_MNIST_CLASSES))
+    assert known is not None
+    with known:
+        pass

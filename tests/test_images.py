@@ -55,6 +55,8 @@ def test_what_is_no_grid(tmp_path: Path, images: np.ndarray) -> None:
         save_grid(images, tmp_path / "a.png")
     with pytest.raises(ConfigError, match="a PNG needs uint8"):
         save_image(np.zeros((2, 2, 4), np.uint8), tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"written as \.png; got .*a\.jpg"):
+        save_image(np.zeros((2, 2, 3), np.uint8), tmp_path / "a.jpg")
     assert os.listdir(tmp_path) == []
 
 
@@ -98,3 +100,24 @@ def test_read_image(tmp_path: Path) -> None:
     assert (read_image(tmp_path / "turned.png") == np.rot90(rgb, -1)).all()
     Image.fromarray(rgb).convert("P").save(tmp_path / "palette.png")
     assert read_image(tmp_path / "palette.png").shape == (6, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("RGBA", 3), ("RGBA", 1), ("LA", 1), ("LA", 3), ("P", 3)]
+)
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str, channels: int) -> None:
+    """As in images for training (data/image_folder.py); what is hidden there is not seen."""
+    rgba = np.zeros((2, 3, 4), np.uint8)  # black, opaque in the last column alone
+    rgba[:, 1, 3], rgba[:, 2, 3] = 51, 255
+    image = Image.fromarray(rgba)
+    if mode == "P":
+        image = Image.fromarray(np.array([[0, 0, 1]] * 2, np.uint8), "P")
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.save(tmp_path / "a.png", transparency=0)
+        expected = [255, 255, 0]
+    else:
+        image.convert(mode).save(tmp_path / "a.png")
+        expected = [255, 204, 0]
+    seen = read_image(tmp_path / "a.png", channels)
+    assert seen.shape == (2, 3, channels)
+    assert (seen == np.array(expected)[:, None]).all()

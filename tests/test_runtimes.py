@@ -289,6 +289,15 @@ def test_failed_runs(
         engine(arrays())
 
 
+def test_onnxruntime_reports_nothing(tmp_path: Path) -> None:
+    """From 1.32 on it writes a number for this device to the user's cache when it is imported."""
+    program = "from ddpm_edge import Generator\nGenerator.load().sample(1, steps=1)"
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "c")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+    assert not [path for path in tmp_path.rglob("*") if "icrosoft" in str(path)]
+
+
 LIMITED = """
 import resource
 from ddpm_edge import Generator

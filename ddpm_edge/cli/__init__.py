@@ -33,6 +33,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except ConfigError as error:
             raise click.UsageError(str(error)) from error
+        except BrokenPipeError:  # of `| head`; click ends without a word
+            raise
         except (DdpmEdgeError, OSError, MemoryError) as error:
             raise click.ClickException(str(error) or "not enough memory") from error
 

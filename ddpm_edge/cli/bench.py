@@ -58,6 +58,7 @@ def bench(
     steps and images a second, and what the loop around the network costs (us and % of a step).
 
     Example:  ddpm-edge bench --choose
+
     Example:  ddpm-edge bench --batch 1 --batch 16 --steps 50 --runs 3
     """
     if choosing:

@@ -82,7 +82,7 @@ def evaluate(
     train, test = real_images(real)
     with contextlib.ExitStack() as stack:
         generator = stack.enter_context(Generator.load(bundle, **where))
-        network = feature_network(real, generator)
+        network = feature_network(real["features"], test)
         if network is not None:
             stack.enter_context(network)
         progress = stack.enter_context(Progress("evaluate", speak=not as_json))
@@ -133,13 +133,13 @@ def real_images(real: dict[str, Any]) -> tuple[Dataset, Dataset]:
     return split(train, share, real["split_seed"])
 
 
-def feature_network(real: dict[str, Any], generator: Generator) -> FeatureNetwork | None:
-    """What sees the images, by `judging_options`; None = nothing. To be closed."""
-    from ddpm_edge.data import FASHION_MNIST
+def feature_network(features: Path | None, images: Dataset) -> FeatureNetwork | None:
+    """The model given, or the built-in one where it knows the images, or None; to be closed."""
+    from ddpm_edge.data import FASHION_MNIST_CLASSES
     from ddpm_edge.features import FeatureNetwork
 
-    if real["features"] is not None:
-        return FeatureNetwork(real["features"])
-    if real["data"] == FASHION_MNIST and generator.sample_shape == (1, 28, 28):
+    if features is not None:
+        return FeatureNetwork(features)
+    if images.class_names == FASHION_MNIST_CLASSES and images.sample_shape == (1, 28, 28):
         return FeatureNetwork.fashion_mnist()
     return None

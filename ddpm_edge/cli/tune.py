@@ -70,9 +70,12 @@ def tune(
     _, test = real_images(real)
     with contextlib.ExitStack() as stack:
         generator = stack.enter_context(Generator.load(bundle, **where))
-        network = feature_network(real, generator)
+        network = feature_network(real["features"], test)
         if network is None:
-            raise ConfigError("how good samples are tells a feature model: give --features")
+            raise ConfigError(
+                "a feature model tells how good samples are, and the built-in one knows "
+                "Fashion-MNIST alone: give --features, the ONNX file of one for such images"
+            )
         stack.enter_context(network)
         plans = tuning.grid(generator.bundle.manifest, samplers, steps)
         with Progress("tune", speak=not as_json) as progress:

@@ -17,7 +17,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ddpm_edge.arrays import Int64, UInt8
 from ddpm_edge.data.dataset import Dataset, listed
 from ddpm_edge.data.reading import (
-    BACKGROUND,
     GAP,
     Reading,
     allocate,
@@ -27,11 +26,11 @@ from ddpm_edge.data.reading import (
     refuse_one_class,
 )
 from ddpm_edge.errors import DataError
+from ddpm_edge.images import ALPHA, flat
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # what Pillow may take a file for
 GRAY = ("1", "L")
-ALPHA = ("LA", "PA", "RGBA", "RGBa")
 MODES = (*GRAY, *ALPHA, "P", "RGB", "RGBX", "CMYK", "YCbCr")
 DEEP = re.compile(r";16[BLN]")  # in Pillow's raw modes: 16 bits a channel, of which it keeps 8
 TURNS = {  # EXIF's orientation -> what makes the image upright
@@ -231,15 +230,7 @@ def _decode(path: Path, mode: str, size: tuple[int, ...], reading: Reading) -> I
                 f"{upright.height}x{upright.width} when decoded, the others {height}x{width}; give "
                 "--size"
             )
-        return fitted(_flat(upright, mode), (height, width), reading.fit)
-
-
-def _flat(image: Image.Image, mode: str) -> Image.Image:
-    """The image in mode L or RGB, on white where it is transparent."""
-    if image.mode in ALPHA or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
-    return image.convert(mode)
+        return fitted(flat(upright, mode), (height, width), reading.fit)
 
 
 def _reason(error: Exception) -> str:

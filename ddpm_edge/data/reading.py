@@ -13,6 +13,7 @@ from PIL import Image
 from ddpm_edge.arrays import Array, UInt8
 from ddpm_edge.checks import whole
 from ddpm_edge.errors import ConfigError, DataError
+from ddpm_edge.images import BACKGROUND
 
 Progress: TypeAlias = Callable[[float, str], None]
 T = TypeVar("T")
@@ -20,7 +21,6 @@ T = TypeVar("T")
 SPLITS = ("train", "test")
 FITS = ("crop", "pad", "resize")
 LABELS = ("auto", "folders", "none")
-BACKGROUND = "white"
 LANCZOS = Image.Resampling.LANCZOS
 # An image that is shrunk a lot is first averaged over whole pixels down to at least GAP times its
 # new size: many times as fast as LANCZOS alone, and hardly another picture.
