@@ -13,8 +13,10 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -62,7 +64,8 @@ class Run(ctypes.Structure):
     )
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Job:
     """A plan and what it runs for: the arguments of `sampling.sample_states`, and whether to ask.
 
     Attributes:
@@ -85,6 +88,7 @@ class Job(NamedTuple):
         """Whether every x0 is clipped or measured."""
         return self.plan.clip is not None or self.measurement is not None
 
+    @cached_property
     def questions(self) -> list[int]:
         """How many questions the network gets in each row: none, B or 2 B."""
         batch, guidance = len(self.x), self.guidance
@@ -228,7 +232,7 @@ class DeviceLoop:
             self._memory("m", self._history(job.plan))
             self._memory("table", len(job.plan) * TABLE.itemsize)
             self._memory("b", job.plan.b.size * 4)
-            for count in set(job.questions()) - {0, *self._residents}:
+            for count in set(job.questions) - {0, *self._residents}:
                 self._residents[count] = self._engine.resident(count, self._addresses)
 
     def _history(self, plan: Plan) -> int:
@@ -237,7 +241,7 @@ class DeviceLoop:
 
     def run(self, job: Job) -> Iterator[DeviceState]:
         """Run a job that was prepared (see `DeviceLoops.run`)."""
-        plan, questions = job.plan, job.questions()
+        plan, questions = job.plan, job.questions
         self._runs += 1
         state = None
         try:

@@ -70,7 +70,9 @@ DIFFUSERS_OPTIONS = MODEL_OPTIONS - {"weights", "timestep_offset"}
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="triton: an engine that `ddpm-edge build -o` wrote, in the place of the ONNX file.",
 )
-@click.option("--max-batch", type=int, help="triton: most images of an evaluation, as for build.")
+@click.option(
+    "--max-batch", type=int, help="triton: most images of an evaluation.  [default: as for build]"
+)
 @cache_option
 @plan_options
 @click.option("--model", help="Instead of RUN, a network of your own: package.module:function.")
